@@ -1,0 +1,124 @@
+//! The loop that admits requests and makes tokens: continuous batching over paged keys and values, chunked prefill.
+//! `pages`, `sequence` and `scheduler` hold only integers; `llm` turns their plans into forward passes; `fake` runs
+//! the same scheduler on a scripted clock. Knows nothing of workloads, windows or meters.
+
+use crate::backend::{BackendInfo, Memory, Sampling};
+
+/// What is asked of the engine. Stop tokens are ignored: exactly `max_tokens` are produced.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Request {
+    /// The caller's own number; events carry it.
+    pub id: u64,
+    /// At least one token id.
+    pub prompt: Vec<u32>,
+    /// Output tokens to produce, at least 1.
+    pub max_tokens: u32,
+    pub sampling: Sampling,
+    /// Keep the sequence's pages when it is finished, so that [`Engine::rewind`] can decode it again.
+    pub hold: bool,
+}
+
+/// One output token that became visible to the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TokenEvent {
+    pub request: u64,
+    /// Output index, from 0.
+    pub index: u32,
+    pub token: u32,
+    /// This was the request's last token.
+    pub last: bool,
+}
+
+/// What one call of [`Engine::step`] finished. Reused between calls.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct StepOutput {
+    /// When the step's work was handed to the device, ns of the engine's clock.
+    pub started_ns: u64,
+    /// When its token ids were visible to the host, ns of the engine's clock.
+    pub visible_ns: u64,
+    /// Prompt tokens that the step computed.
+    pub prefill_tokens: u32,
+    /// Sequences that the step carried one decode token for.
+    pub decode_tokens: u32,
+    pub events: Vec<TokenEvent>,
+}
+
+/// Why a request was not taken.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SubmitError {
+    #[error("request {id}: the prompt has no tokens, expected at least 1")]
+    EmptyPrompt { id: u64 },
+    #[error("request {id}: max_tokens is 0, expected at least 1")]
+    NoOutput { id: u64 },
+    #[error(
+        "request {id}: {prompt} prompt tokens and {output} output tokens exceed the model's context of {context} tokens"
+    )]
+    ContextOverflow { id: u64, prompt: usize, output: u32, context: usize },
+    #[error("request {id}: needs {needed} KV pages, but the cache has only {total}")]
+    NeverFits { id: u64, needed: usize, total: usize },
+    #[error("request {id}: token id {token} is outside the vocabulary of {vocab_size}")]
+    TokenOutsideVocabulary { id: u64, token: u32, vocab_size: usize },
+    #[error("request {id}: another request with this id is in the engine")]
+    DuplicateId { id: u64 },
+}
+
+/// Limits of the engine, fixed before it starts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EngineLimits {
+    /// Sequences in one step at most.
+    pub max_batch: usize,
+    /// Prompt tokens computed in one step at most (`--chunk`).
+    pub chunk: usize,
+    /// KV pages, each of [`crate::backend::PAGE_SIZE`] tokens.
+    pub pages: usize,
+    /// Longest sequence, prompt and output together.
+    pub max_context: usize,
+}
+
+/// What the engine is, for the record.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EngineInfo {
+    /// `llm` or `fake`
+    pub name: &'static str,
+    pub backend: BackendInfo,
+    pub limits: EngineLimits,
+    pub vocab_size: usize,
+    pub memory: Memory,
+}
+
+/// Makes tokens. Asynchronous: a step may return the tokens of an earlier one.
+pub trait Engine {
+    fn info(&self) -> EngineInfo;
+
+    /// Queues a request. It is admitted, in order of submission, once its whole length has pages.
+    ///
+    /// # Errors
+    /// When the request could never run. The engine is unchanged then.
+    fn submit(&mut self, request: Request) -> Result<(), SubmitError>;
+
+    /// Queues one forward pass if there is work, and reports the oldest finished step in `output`. `false` when
+    /// nothing was queued, nothing is in flight and nothing was reported: the engine is idle.
+    ///
+    /// # Errors
+    /// When the device fails; the engine cannot go on then.
+    fn step(&mut self, output: &mut StepOutput) -> anyhow::Result<bool>;
+
+    /// Requests submitted and not finished.
+    fn unfinished(&self) -> usize;
+
+    /// Puts a finished, held request back to just after its first output token, to decode the rest again over the
+    /// same context. Its next event has index 1.
+    ///
+    /// # Panics
+    /// When no held, finished request has this id.
+    fn rewind(&mut self, request: u64);
+
+    /// Frees the pages of a finished, held request.
+    fn release(&mut self, request: u64);
+
+    /// Drops every request and frees every page. Steps in flight are waited for and their tokens dropped.
+    ///
+    /// # Errors
+    /// When the device fails.
+    fn reset(&mut self) -> anyhow::Result<()>;
+}

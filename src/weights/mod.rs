@@ -1,0 +1,71 @@
+//! From files (or a seed) to named host tensors in one canonical form: Hugging Face names, row-major
+//! `[out_features, in_features]`, rotary pairs half a head apart. Knows no device. The path:
+//! `fetch` finds the files → `gguf`/`safetensors`/`synthetic` open them → [`Weights`] hands out tensors.
+
+pub mod dtype;
+
+use std::borrow::Cow;
+
+use crate::arch::{Config, TensorRole};
+pub use dtype::StoredDType;
+
+/// One tensor as it is stored, borrowed from a memory map or owned when it had to be made or reordered.
+#[derive(Clone, Debug)]
+pub struct HostTensor<'a> {
+    /// Canonical name, for errors.
+    pub name: String,
+    pub role: TensorRole,
+    pub dtype: StoredDType,
+    /// Row-major, slowest first: `[rows, columns]` or `[columns]`.
+    pub shape: Vec<usize>,
+    /// `dtype.bytes_for(shape)` bytes, little-endian, rows contiguous.
+    pub bytes: Cow<'a, [u8]>,
+}
+
+impl HostTensor<'_> {
+    /// Rows of a matrix; 1 for a vector.
+    pub fn rows(&self) -> usize {
+        if self.shape.len() == 2 { self.shape[0] } else { 1 }
+    }
+
+    /// Elements of one row.
+    pub fn columns(&self) -> usize {
+        self.shape.last().copied().unwrap_or(0)
+    }
+
+    /// All values as f32, `[rows * columns]`.
+    ///
+    /// # Errors
+    /// When the bytes do not hold whole blocks of the type.
+    pub fn to_f32(&self) -> anyhow::Result<Vec<f32>> {
+        dtype::to_f32(self.dtype, &self.bytes, self.rows() * self.columns())
+            .map_err(|error| error.context(format!("tensor {}", self.name)))
+    }
+}
+
+/// An opened model: its configuration, and its tensors on demand. Implemented by the file formats and by synthetic
+/// weights; which one it was is in [`WeightsInfo`].
+pub trait Weights: Send + Sync {
+    fn config(&self) -> &Config;
+
+    fn info(&self) -> &WeightsInfo;
+
+    /// The tensor of this canonical name (see [`crate::arch::tensors`]), checked against the configuration's shape.
+    ///
+    /// # Errors
+    /// Names the file, the tensor, what was expected and what was found.
+    fn tensor(&self, name: &str) -> anyhow::Result<HostTensor<'_>>;
+}
+
+/// Where weights came from, for the record.
+#[derive(Clone, Debug, PartialEq)]
+pub struct WeightsInfo {
+    /// `gguf`, `safetensors` or `synthetic`
+    pub format: &'static str,
+    /// Files in the order of their names; empty for synthetic weights.
+    pub files: Vec<std::path::PathBuf>,
+    /// Seed of synthetic weights.
+    pub synthetic_seed: Option<u64>,
+    /// Stored type → bytes held in that type, for all tensors the model uses.
+    pub stored_bytes: std::collections::BTreeMap<String, u64>,
+}
