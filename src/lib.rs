@@ -19,4 +19,5 @@ pub mod arch;
 pub mod backend;
 pub mod clock;
 pub mod engine;
+pub mod model;
 pub mod weights;
