@@ -1,0 +1,240 @@
+//! A record as rates and percentiles. Throughput is tokens over time, summed over all windows: never a mean of rates.
+
+use serde::Serialize;
+
+use super::{Quantiles, cost};
+use crate::record::{Cell, Latency, LatencyHistogram, Maybe, Outcome, Record, Run, Steady, Workload};
+
+/// Share of the cores that others may take before a window is flagged.
+const QUIET_SHARE: f64 = 0.02;
+
+/// All cells of one record, derived anew at each reading.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Summary {
+    pub model: String,
+    pub device: String,
+    pub backend: String,
+    pub compute_dtype: String,
+    pub synthetic_weights: bool,
+    pub currency: Maybe<String>,
+    pub started_at: String,
+    pub not_a_measurement: Option<String>,
+    pub cells: Vec<CellSummary>,
+}
+
+/// Which tokens a rate counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TokenKind {
+    Input,
+    Output,
+}
+
+/// The headline rate of a cell.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Throughput {
+    pub tokens: TokenKind,
+    /// All tokens of all windows over all their time.
+    pub tokens_per_s: f64,
+    /// Half the distance between the slowest and the fastest run, over the headline rate.
+    pub spread_ratio: Maybe<f64>,
+    /// Input and output tokens together.
+    pub total_tokens_per_s: f64,
+}
+
+/// Something about a cell that a reader must know before using its numbers.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Flag {
+    Failed { error: String },
+    Interrupted,
+    /// Other processes, or the hypervisor, took this share of the cores in some window.
+    NotQuiet { foreign_share: f64, steal_share: f64 },
+    /// The open loop's backlog grew: its latencies belong to the length of the window.
+    Unsustainable,
+    /// Requests of the window that did not finish in time.
+    Unfinished { requests: u64 },
+    CheckFailed { check: String, detail: String },
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct CellSummary {
+    pub key: String,
+    pub runs: usize,
+    pub throughput: Maybe<Throughput>,
+    pub ttft: Maybe<Quantiles>,
+    pub itl: Maybe<Quantiles>,
+    pub tpot: Maybe<Quantiles>,
+    pub e2e: Maybe<Quantiles>,
+    pub step: Maybe<Quantiles>,
+    pub tokens_per_joule: Maybe<f64>,
+    /// Tokens for one unit of the record's currency.
+    pub tokens_per_money: Maybe<f64>,
+    pub flags: Vec<Flag>,
+}
+
+/// Refuses records that are no measurement.
+///
+/// # Errors
+/// With the record's own reason.
+pub fn refuse_unmeasured(record: &Record) -> Result<(), String> {
+    match &record.not_a_measurement {
+        Some(reason) => Err(format!("is not a measurement: {reason}")),
+        None => Ok(()),
+    }
+}
+
+pub fn summarize(record: &Record) -> Summary {
+    Summary {
+        model: record.model.name.clone(),
+        device: record.engine.device.clone(),
+        backend: record.engine.backend.clone(),
+        compute_dtype: record.engine.compute_dtype.clone(),
+        synthetic_weights: record.model.weights.format == "synthetic",
+        currency: match &record.cost_model {
+            Maybe::Value(model) => Maybe::Value(model.currency.clone()),
+            Maybe::Missing(missing) => Maybe::missing(missing.missing.clone()),
+        },
+        started_at: record.started_at.clone(),
+        not_a_measurement: record.not_a_measurement.clone(),
+        cells: record.cells.iter().map(|cell| summarize_cell(record, cell)).collect(),
+    }
+}
+
+fn summarize_cell(record: &Record, cell: &Cell) -> CellSummary {
+    let quantiles = |pick: fn(&Latency) -> &Maybe<LatencyHistogram>| {
+        Quantiles::of(cell.runs.iter().map(|run| pick(&run.latency)))
+    };
+    let throughput = throughput(cell);
+    CellSummary {
+        key: cell.key.clone(),
+        runs: cell.runs.len(),
+        ttft: quantiles(|latency| &latency.ttft),
+        itl: quantiles(|latency| &latency.itl),
+        tpot: quantiles(|latency| &latency.tpot),
+        e2e: quantiles(|latency| &latency.e2e),
+        step: quantiles(|latency| &latency.step),
+        tokens_per_joule: tokens_per_joule(cell),
+        tokens_per_money: tokens_per_money(record, cell, &throughput),
+        throughput,
+        flags: flags(cell),
+    }
+}
+
+/// The tokens that the headline counts: the prompt's where the prompt is the work.
+fn headline(workload: &Workload) -> TokenKind {
+    match workload {
+        Workload::Prefill { .. } => TokenKind::Input,
+        _ => TokenKind::Output,
+    }
+}
+
+/// Tokens of `kind` and seconds of one run's windows.
+fn tokens_and_seconds(run: &Run, kind: TokenKind) -> (u64, f64) {
+    run.windows.iter().fold((0, 0.0), |(tokens, seconds), window| {
+        let counted = match kind {
+            TokenKind::Input => window.tokens_in,
+            TokenKind::Output => window.tokens_out,
+        };
+        (tokens + counted, seconds + window.t1_ns.saturating_sub(window.t0_ns) as f64 / 1e9)
+    })
+}
+
+fn throughput(cell: &Cell) -> Maybe<Throughput> {
+    let kind = headline(&cell.workload);
+    let parts: Vec<(u64, f64)> = cell.runs.iter().map(|run| tokens_and_seconds(run, kind)).collect();
+    let tokens: u64 = parts.iter().map(|(tokens, _)| tokens).sum();
+    let seconds: f64 = parts.iter().map(|(_, seconds)| seconds).sum();
+    if seconds <= 0.0 {
+        return Maybe::missing("no_run");
+    }
+    let tokens_per_s = tokens as f64 / seconds;
+    let all: u64 = [TokenKind::Input, TokenKind::Output]
+        .iter()
+        .flat_map(|kind| cell.runs.iter().map(|run| tokens_and_seconds(run, *kind).0))
+        .sum();
+    let rates: Vec<f64> =
+        parts.iter().filter(|(_, s)| *s > 0.0).map(|(tokens, s)| *tokens as f64 / s).collect();
+    Maybe::Value(Throughput {
+        tokens: kind,
+        tokens_per_s,
+        spread_ratio: spread(&rates, tokens_per_s),
+        total_tokens_per_s: all as f64 / seconds,
+    })
+}
+
+fn spread(rates: &[f64], center: f64) -> Maybe<f64> {
+    if rates.len() < 2 || center <= 0.0 {
+        return Maybe::missing("needs_2_runs");
+    }
+    let high = rates.iter().copied().fold(f64::MIN, f64::max);
+    let low = rates.iter().copied().fold(f64::MAX, f64::min);
+    Maybe::Value((high - low) / 2.0 / center)
+}
+
+/// Headline tokens over joules, when every window has both.
+fn tokens_per_joule(cell: &Cell) -> Maybe<f64> {
+    let kind = headline(&cell.workload);
+    let (mut tokens, mut energy_j) = (0.0, 0.0);
+    for window in cell.runs.iter().flat_map(|run| &run.windows) {
+        match &window.energy {
+            Maybe::Value(energy) => energy_j += energy.energy_j,
+            Maybe::Missing(missing) => return Maybe::missing(missing.missing.clone()),
+        }
+        tokens += match kind {
+            TokenKind::Input => window.tokens_in as f64,
+            TokenKind::Output => window.tokens_out as f64,
+        };
+    }
+    if energy_j > 0.0 { Maybe::Value(tokens / energy_j) } else { Maybe::missing("no_run") }
+}
+
+fn tokens_per_money(record: &Record, cell: &Cell, throughput: &Maybe<Throughput>) -> Maybe<f64> {
+    let model = match &record.cost_model {
+        Maybe::Value(model) => model,
+        Maybe::Missing(missing) => return Maybe::missing(missing.missing.clone()),
+    };
+    match throughput {
+        Maybe::Missing(missing) => Maybe::missing(missing.missing.clone()),
+        Maybe::Value(throughput) => {
+            match cost::tokens_per_money(model, throughput.tokens_per_s, cell.devices.len()) {
+                Ok(tokens) => Maybe::Value(tokens),
+                Err(_) => Maybe::missing("price_unreadable"),
+            }
+        }
+    }
+}
+
+fn flags(cell: &Cell) -> Vec<Flag> {
+    let mut flags = Vec::new();
+    match &cell.outcome {
+        Outcome::Measured => {}
+        Outcome::Failed { error } => flags.push(Flag::Failed { error: error.clone() }),
+        Outcome::Interrupted => flags.push(Flag::Interrupted),
+    }
+    flags.extend(not_quiet(cell));
+    if cell.runs.iter().any(|run| run.steady == Steady::Unsustainable) {
+        flags.push(Flag::Unsustainable);
+    }
+    let requests: u64 =
+        cell.runs.iter().filter_map(|run| run.drain.value()).map(|drain| drain.unfinished).sum();
+    if requests > 0 {
+        flags.push(Flag::Unfinished { requests });
+    }
+    let failed = cell.runs.iter().flat_map(|run| &run.checks).filter(|check| !check.ok);
+    flags.extend(
+        failed.map(|check| Flag::CheckFailed { check: check.name.clone(), detail: check.detail.clone() }),
+    );
+    flags
+}
+
+/// The worst window, when it is above [`QUIET_SHARE`].
+fn not_quiet(cell: &Cell) -> Option<Flag> {
+    let shares = || cell.runs.iter().flat_map(|run| &run.windows).filter_map(|window| window.cpu.value());
+    let worst = |pick: fn(&crate::record::machine::CpuShare) -> &Maybe<f64>| {
+        shares().filter_map(|share| pick(share).value().copied()).fold(0.0, f64::max)
+    };
+    let foreign_share = worst(|share| &share.foreign_share);
+    let steal_share = worst(|share| &share.steal_share);
+    (foreign_share.max(steal_share) > QUIET_SHARE).then_some(Flag::NotQuiet { foreign_share, steal_share })
+}

@@ -1,0 +1,239 @@
+//! From what was typed to what it means: every default and every conflict is settled here, and nothing below asks
+//! again.
+
+use anyhow::Context as _;
+
+use super::{Args, DType, EngineChoice};
+use crate::cmd::{bad_file, usage};
+use crate::engine::FakeScript;
+use crate::record::{CostModel, Workload};
+use crate::runner::Protocol;
+use crate::suite::{self, Kind, Sizes, Suite};
+use crate::units::{format_duration_s, parse_bytes};
+use crate::weights::registry::DEFAULT_MODEL;
+use crate::{analysis, workload};
+
+/// Output tokens of a decode pass when none are given.
+const DEFAULT_DECODE_OSL: u32 = 32;
+/// Requests that an open loop measures when no number is given.
+const DEFAULT_OPEN_REQUESTS: u32 = 32;
+const NANOS_PER_SECOND: f64 = 1e9;
+
+/// What this invocation will do.
+#[derive(Debug)]
+pub(super) struct Choices {
+    pub(super) suite: Option<String>,
+    pub(super) cells: Vec<Workload>,
+    pub(super) protocol: Protocol,
+    pub(super) model: String,
+    /// The model was named by the user, so that nothing may stand in for it.
+    pub(super) model_is_explicit: bool,
+    /// Seed of synthetic weights, if those are asked for.
+    pub(super) synthetic_seed: Option<u64>,
+    pub(super) dtype: DType,
+    pub(super) device: String,
+    pub(super) threads: Option<usize>,
+    pub(super) chunk: usize,
+    pub(super) kv_memory_bytes: Option<u64>,
+    pub(super) cost_model: Option<CostModel>,
+    pub(super) session: Option<String>,
+    pub(super) offline: bool,
+    pub(super) fake: Option<FakeScript>,
+}
+
+impl Choices {
+    /// # Errors
+    /// Usage errors, and a broken suite file.
+    pub(super) fn settle(args: &Args) -> anyhow::Result<Self> {
+        let suite = suite_of(args)?;
+        let protocol = protocol(args, &suite).map_err(usage)?;
+        let fake = match args.engine {
+            EngineChoice::Llm => None,
+            EngineChoice::Fake => {
+                Some(serde_json::from_str(&args.fake_script).context("--fake-script").map_err(usage)?)
+            }
+        };
+        if args.chunk == 0 || args.chunk > 1 << 20 {
+            return Err(usage(format!("--chunk is {}, expected 1 to {}", args.chunk, 1 << 20)));
+        }
+        if let Some(threads) = args.threads
+            && !(1..=4096).contains(&threads)
+        {
+            return Err(usage(format!("--threads is {threads}, expected 1 to 4096")));
+        }
+        let kv_memory_bytes = args.kv_memory.as_deref().map(parse_bytes).transpose();
+        let price = args.price_per_gpu_hour.as_deref();
+        Ok(Choices {
+            suite: (!suite.name.is_empty()).then(|| suite.name.clone()),
+            cells: suite.cells,
+            protocol,
+            model: args.model.clone().unwrap_or_else(|| DEFAULT_MODEL.to_owned()),
+            model_is_explicit: args.model.is_some(),
+            synthetic_seed: synthetic_seed(&args.weights)?,
+            dtype: args.dtype,
+            device: device(&args.device, fake.is_some())?,
+            threads: args.threads,
+            chunk: args.chunk,
+            kv_memory_bytes: kv_memory_bytes.map_err(|error| usage(format!("--kv-memory: {error}")))?,
+            cost_model: price
+                .map(|text| analysis::parse_price(text, "command_line"))
+                .transpose()
+                .map_err(|error| usage(format!("--price-per-gpu-hour: {error}")))?,
+            session: args.session.clone(),
+            offline: args.offline,
+            fake,
+        })
+    }
+
+    /// Time that the windows alone take, seconds.
+    pub(super) fn least_seconds(&self) -> f64 {
+        let run_ns = self.protocol.min_window_ns * u64::from(self.protocol.repeat) + self.protocol.warmup_ns;
+        self.cells.len() as f64 * run_ns as f64 / NANOS_PER_SECOND
+    }
+
+    /// The plan, for `--dry-run`.
+    pub(super) fn describe(&self) -> String {
+        let mut text = format!(
+            "model    {}{}\ndevice   {}\nsuite    {}\nruns     {} per cell, windows of at least {} s\n\n",
+            self.model,
+            self.synthetic_seed.map_or(String::new(), |seed| format!(" (synthetic weights, seed {seed})")),
+            self.device,
+            self.suite.as_deref().unwrap_or("from the command line"),
+            self.protocol.repeat,
+            self.protocol.min_window_ns as f64 / NANOS_PER_SECOND,
+        );
+        for cell in &self.cells {
+            text.push_str(&cell.key());
+            text.push('\n');
+        }
+        text.push_str(&format!(
+            "\n{} cells, at least {}: windows and warm-up alone; loading, prefilled contexts and passes longer than \
+             a window come on top\n",
+            self.cells.len(),
+            format_duration_s(self.least_seconds())
+        ));
+        text
+    }
+}
+
+/// The suite that is named, or one made of the sizes on the command line.
+fn suite_of(args: &Args) -> anyhow::Result<Suite> {
+    let sizes = sizes(args).map_err(usage)?;
+    let Some(kind) = kind(args).map_err(usage)? else {
+        let name = args.suite.as_deref().unwrap_or(suite::DEFAULT_SUITE);
+        return suite::load(name).map_err(if suite::is_file(name) { bad_file } else { usage_of });
+    };
+    if args.suite.is_some() {
+        return Err(usage("--suite and sizes such as --batch cannot be given together"));
+    }
+    let cells = suite::expand(kind, &sizes).map_err(usage)?;
+    let (repeat, min_seconds, warmup_seconds) = (3, 1.5, 0.3);
+    let (name, description) = (String::new(), String::new());
+    Ok(Suite { name, description, repeat, min_seconds, warmup_seconds, cells })
+}
+
+fn usage_of(error: anyhow::Error) -> anyhow::Error {
+    usage(format!("{error:#}"))
+}
+
+/// The kind of cell that the given sizes mean; none when no size is given.
+fn kind(args: &Args) -> anyhow::Result<Option<Kind>> {
+    let loads = [&args.concurrency, &args.request_rate, &args.depth];
+    if loads.iter().filter(|load| load.is_some()).count() > 1 {
+        anyhow::bail!("--depth, --concurrency and --request-rate each name another kind of cell; give one of them");
+    }
+    Ok(Some(if args.concurrency.is_some() {
+        Kind::ServeClosed
+    } else if args.request_rate.is_some() {
+        Kind::ServeOpen
+    } else if args.depth.is_some() {
+        Kind::Decode
+    } else if args.osl.is_some() {
+        Kind::Generate
+    } else if args.isl.is_some() || args.batch.is_some() {
+        Kind::Prefill
+    } else {
+        return Ok(None);
+    }))
+}
+
+fn sizes(args: &Args) -> anyhow::Result<Sizes> {
+    let list = |name: &str, text: &Option<String>| match text {
+        Some(text) => {
+            workload::parse_numbers(text).map_err(|error| anyhow::anyhow!("--{name}: {error}"))
+        }
+        None => Ok(Vec::new()),
+    };
+    let mut sizes = Sizes {
+        batch: list("batch", &args.batch)?,
+        isl: list("isl", &args.isl)?,
+        osl: list("osl", &args.osl)?,
+        depth: list("depth", &args.depth)?,
+        concurrency: list("concurrency", &args.concurrency)?,
+        request_rate_per_s: rates(args)?,
+        requests: args.requests.unwrap_or(0),
+    };
+    if !sizes.depth.is_empty() && sizes.osl.is_empty() {
+        sizes.osl = vec![DEFAULT_DECODE_OSL];
+    }
+    if sizes.batch.is_empty() && sizes.concurrency.is_empty() && sizes.request_rate_per_s.is_empty() {
+        sizes.batch = vec![1];
+    }
+    if args.requests.is_none() {
+        let widest = sizes.concurrency.iter().copied().max().unwrap_or(0);
+        sizes.requests =
+            if sizes.request_rate_per_s.is_empty() { 4 * widest } else { DEFAULT_OPEN_REQUESTS };
+    }
+    Ok(sizes)
+}
+
+fn rates(args: &Args) -> anyhow::Result<Vec<f64>> {
+    let Some(text) = &args.request_rate else { return Ok(Vec::new()) };
+    text.split(',')
+        .map(|part| {
+            part.trim()
+                .parse::<f64>()
+                .map_err(|_| anyhow::anyhow!("--request-rate: '{part}' is no number, expected for example 0.5,2"))
+        })
+        .collect()
+}
+
+fn protocol(args: &Args, suite: &Suite) -> anyhow::Result<Protocol> {
+    let repeat = args.repeat.unwrap_or(suite.repeat);
+    let min_seconds = args.min_seconds.unwrap_or(suite.min_seconds);
+    suite::check_protocol(repeat, min_seconds, suite.warmup_seconds)?;
+    let max_seconds = args.max_seconds;
+    if !(max_seconds >= min_seconds && max_seconds <= 86_400.0) {
+        anyhow::bail!("--max-seconds is {max_seconds}, expected at least --min-seconds {min_seconds} and at most 86400");
+    }
+    let nanos = |seconds: f64| (seconds * NANOS_PER_SECOND) as u64;
+    Ok(Protocol {
+        repeat,
+        min_window_ns: nanos(min_seconds),
+        max_window_ns: nanos(max_seconds).max(1),
+        warmup_ns: nanos(suite.warmup_seconds),
+        seed: args.seed,
+    })
+}
+
+fn synthetic_seed(text: &str) -> anyhow::Result<Option<u64>> {
+    match text.split_once(':') {
+        None if text == "checkpoint" => Ok(None),
+        None if text == "synthetic" => Ok(Some(0)),
+        Some(("synthetic", seed)) if seed.parse::<u64>().is_ok() => Ok(seed.parse().ok()),
+        _ => Err(usage(format!("--weights is '{text}', expected checkpoint, synthetic or synthetic:SEED"))),
+    }
+}
+
+fn device(text: &str, fake: bool) -> anyhow::Result<String> {
+    if fake {
+        return Ok("fake".to_owned());
+    }
+    match text {
+        "auto" | "cpu" => Ok("cpu".to_owned()),
+        _ if text.strip_prefix("cuda:").is_some_and(|index| index.parse::<u32>().is_ok()) => {
+            Err(anyhow::anyhow!("device {text} cannot run: this version of tokmeter computes on cpu only"))
+        }
+        _ => Err(usage(format!("--device is '{text}', expected auto, cpu or cuda:N"))),
+    }
+}

@@ -1,0 +1,229 @@
+//! `tokmeter run`: the main job. Settles what is asked for, opens the model, starts the engine, measures cell by cell
+//! and saves the record after each.
+
+mod choices;
+mod interrupt;
+mod model;
+mod record;
+mod start;
+mod view;
+
+use std::path::PathBuf;
+
+use clap::ValueEnum;
+
+use crate::clock::{Clock, file_stamp_utc};
+use crate::machine::Roots;
+use crate::record::{Outcome, Record, Status, Store};
+use crate::runner::{self, Stage, Witness};
+use crate::{analysis, report};
+
+use super::{FAILED, INTERRUPTED, print, remark};
+use choices::Choices;
+use view::View;
+
+/// Measure this machine: run cells, write one record, print the table
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Cells: give --suite, or sizes. The sizes choose the kind:\n  \
+    --batch --isl                     prefill\n  \
+    --batch --depth [--osl]           decode at a context depth\n  \
+    --batch --isl --osl               generate\n  \
+    --concurrency --isl --osl         serve, closed loop\n  \
+    --request-rate --isl --osl        serve, open loop (Poisson)\n\
+    Lists (1,8,32) and ranges (1..64*2, 128..512+128) multiply.\n\n\
+    Examples:\n  \
+    tokmeter run\n  \
+    tokmeter run --suite standard --price-per-gpu-hour \"2.50 USD\"\n  \
+    tokmeter run -m smollm2-135m --dtype quantized --batch 1..16*2 --depth 128,512\n  \
+    tokmeter run -m ./model.gguf --concurrency 4 --isl 64 --osl 32 --format csv\n  \
+    tokmeter run --weights synthetic -m llama-3.2-1b --batch 1 --isl 128 --dry-run")]
+pub struct Args {
+    /// Named suite (quick, standard, decode, prefill) or a suite file
+    #[arg(long, value_name = "NAME|FILE")]
+    suite: Option<String>,
+    /// Known model, .gguf or .safetensors file, or folder [default: smollm2-135m]
+    #[arg(long, short, value_name = "NAME|PATH")]
+    model: Option<String>,
+    /// The checkpoint's own weights, or made-up values of its shapes
+    #[arg(long, value_name = "checkpoint|synthetic[:SEED]", default_value = "checkpoint")]
+    weights: String,
+    /// What weights and products are kept in
+    #[arg(long, value_enum, default_value_t = DType::F32)]
+    dtype: DType,
+    /// auto, cpu or cuda:N
+    #[arg(long, default_value = "auto")]
+    device: String,
+    /// CPU threads that compute [default: the cores this process may use]
+    #[arg(long, value_name = "N")]
+    threads: Option<usize>,
+    /// Sequences at once
+    #[arg(long, value_name = "LIST")]
+    batch: Option<String>,
+    /// Input (prompt) tokens
+    #[arg(long, value_name = "LIST")]
+    isl: Option<String>,
+    /// Output tokens
+    #[arg(long, value_name = "LIST")]
+    osl: Option<String>,
+    /// Context tokens at which decoding starts
+    #[arg(long, value_name = "LIST")]
+    depth: Option<String>,
+    /// Requests always in flight
+    #[arg(long, value_name = "LIST")]
+    concurrency: Option<String>,
+    /// Poisson arrivals per second
+    #[arg(long, value_name = "LIST")]
+    request_rate: Option<String>,
+    /// Requests a serving cell measures at least [default: 4 for each in flight, 32 in the open loop]
+    #[arg(long, value_name = "N")]
+    requests: Option<u32>,
+    /// Repetitions of each cell [default: the suite's, or 3]
+    #[arg(long, short, value_name = "N")]
+    repeat: Option<u32>,
+    /// Shortest window [default: the suite's, or 1.5]
+    #[arg(long, value_name = "SECONDS")]
+    min_seconds: Option<f64>,
+    /// Longest serving window, and longest drain after it
+    #[arg(long, value_name = "SECONDS", default_value_t = 120.0)]
+    max_seconds: f64,
+    /// Prompt tokens computed in one step
+    #[arg(long, value_name = "TOKENS", default_value_t = 512)]
+    chunk: usize,
+    /// Memory for keys and values, such as 512MiB [default: what the largest cell needs]
+    #[arg(long, value_name = "SIZE")]
+    kv_memory: Option<String>,
+    /// Price of one device for one hour, such as "2.50 USD"
+    #[arg(long, value_name = "PRICE")]
+    price_per_gpu_hour: Option<String>,
+    /// Name of this session (a boot and driver load), for comparing
+    #[arg(long, value_name = "LABEL")]
+    session: Option<String>,
+    /// Seed of prompts and arrivals
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Use only what is in the cache
+    #[arg(long)]
+    offline: bool,
+    /// Print the plan and the least time it takes, measure nothing
+    #[arg(long)]
+    dry_run: bool,
+    /// The record's place [default: ./tokmeter-DEVICE-UTC.json]
+    #[arg(long, short, value_name = "FILE")]
+    out: Option<PathBuf>,
+    /// How the derived summary is printed
+    #[arg(long, value_enum, default_value_t = Format::Table)]
+    format: Format,
+    /// Which engine runs: a scripted one exists for tests of the tool itself
+    #[arg(long, value_enum, default_value_t = EngineChoice::Llm, hide = true)]
+    engine: EngineChoice,
+    /// Step times of the scripted engine, as JSON
+    #[arg(long, value_name = "JSON", default_value = "{}", hide = true)]
+    fake_script: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DType {
+    /// 32-bit floating point; quantised checkpoints are dequantised
+    F32,
+    /// The checkpoint's own quantised blocks
+    Quantized,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Format {
+    Table,
+    Json,
+    Jsonl,
+    Csv,
+    Markdown,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum EngineChoice {
+    Llm,
+    Fake,
+}
+
+/// # Errors
+/// When nothing could be measured. A cell that fails is part of the record, and only changes the exit code.
+pub fn run(args: Args) -> anyhow::Result<u8> {
+    let choices = Choices::settle(&args)?;
+    if args.dry_run {
+        print(&choices.describe())?;
+        return Ok(0);
+    }
+    let stop = interrupt::on_signal()?;
+    let view = View::new();
+    let mut started = start::start(&choices, stop, &view)?;
+    let clock = started.clock.clone();
+    let out = args.out.unwrap_or_else(|| {
+        let device = choices.device.replace(':', "");
+        PathBuf::from(format!("tokmeter-{device}-{}.json", file_stamp_utc(clock.unix_ns())))
+    });
+    let mut record = record::open(&choices, &started);
+    let store = Store::create(out, &record)?;
+    measure_all(&choices, &mut started, &mut record, &store, &view, stop)?;
+    view.finish();
+    print(&rendered(&record, args.format)?)?;
+    remark(&format!("record: {}", store.path().display()));
+    Ok(exit_code(&record))
+}
+
+/// Measures every cell, saving the record after each; stops early at a signal.
+fn measure_all(
+    choices: &Choices,
+    started: &mut start::Started,
+    record: &mut Record,
+    store: &Store,
+    view: &View,
+    stop: &'static std::sync::atomic::AtomicBool,
+) -> anyhow::Result<()> {
+    for (index, workload) in choices.cells.iter().enumerate() {
+        let mut on_run = |run, runs| view.run_begins(choices, index, run, runs);
+        let mut stage = Stage {
+            engine: started.engine.as_mut(),
+            clock: started.clock.clone(),
+            witness: witness_for(&started.clock),
+            stop,
+            device: choices.device.clone(),
+            on_run: &mut on_run,
+        };
+        let cell = runner::measure(&mut stage, workload, &choices.protocol);
+        let interrupted = cell.outcome == Outcome::Interrupted;
+        record.cells.push(cell);
+        if interrupted {
+            record.status = Status::Interrupted;
+            break;
+        }
+        store.save(record)?;
+    }
+    record::close(record, &started.clock);
+    store.save(record)
+}
+
+fn witness_for(clock: &Clock) -> Witness {
+    match clock {
+        Clock::Monotonic { .. } => Witness::new(Roots::default()),
+        Clock::Scripted(_) => Witness::blind(),
+    }
+}
+
+fn rendered(record: &Record, format: Format) -> anyhow::Result<String> {
+    let summary = analysis::summarize(record);
+    Ok(match format {
+        Format::Table => report::table(&summary),
+        Format::Json => report::json(&summary)?,
+        Format::Jsonl => report::jsonl(&summary)?,
+        Format::Csv => report::csv(&summary),
+        Format::Markdown => report::section(&summary),
+    })
+}
+
+fn exit_code(record: &Record) -> u8 {
+    if record.status == Status::Interrupted {
+        return INTERRUPTED;
+    }
+    let failed = record.cells.iter().any(|cell| matches!(cell.outcome, Outcome::Failed { .. }));
+    let broken = !crate::record::violations(record).is_empty();
+    if failed || broken { FAILED } else { 0 }
+}

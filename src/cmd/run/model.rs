@@ -1,0 +1,108 @@
+//! From a model's name or path to opened weights, and what the record says of them.
+
+use std::path::{Path, PathBuf};
+
+use super::choices::Choices;
+use super::view::View;
+use crate::arch::Config;
+use crate::cmd::{bad_file, remark, usage};
+use crate::record::{FileRecord, Maybe, WeightsRecord, WeightsSource};
+use crate::weights::fetch::{self, Fetcher};
+use crate::weights::synthetic::Synthetic;
+use crate::weights::{Weights, hash, open, registry};
+
+/// Seed of the weights that stand in for a default model that cannot be fetched.
+const FALLBACK_SEED: u64 = 0;
+
+/// A model ready to be loaded.
+pub(super) struct Opened {
+    pub(super) name: String,
+    pub(super) weights: Box<dyn Weights>,
+    pub(super) record: WeightsRecord,
+}
+
+/// # Errors
+/// When the model does not exist, cannot be fetched or is broken. Only a default model that cannot be fetched is
+/// replaced by synthetic weights, aloud.
+pub(super) fn open_model(choices: &Choices, view: &View) -> anyhow::Result<Opened> {
+    if let Some(seed) = choices.synthetic_seed {
+        return Ok(synthetic(model_name(choices), config_of(choices)?, seed));
+    }
+    match locate(choices, view) {
+        Ok(path) => checkpoint(choices, &path, view),
+        Err(error) if choices.model_is_explicit || error.is::<fetch::Interrupted>() => Err(error),
+        Err(error) => {
+            remark(&format!("warning: {error:#}"));
+            remark(
+                "warning: SYNTHETIC WEIGHTS: the default model could not be had, so values are made up in its true \
+                 shapes; speed is comparable, output is meaningless, and the record says so",
+            );
+            Ok(synthetic(model_name(choices), config_of(choices)?, FALLBACK_SEED))
+        }
+    }
+}
+
+/// A local path if there is one, else the known model's files, fetched if need be.
+fn locate(choices: &Choices, view: &View) -> anyhow::Result<PathBuf> {
+    let path = Path::new(&choices.model);
+    if path.exists() {
+        return Ok(path.to_owned());
+    }
+    let known = registry::find(&choices.model).map_err(usage)?;
+    Fetcher::from_env(choices.offline, view.fetch_progress())?.locate(&known)
+}
+
+fn checkpoint(choices: &Choices, path: &Path, view: &View) -> anyhow::Result<Opened> {
+    let weights = open::open(path).map_err(bad_file)?;
+    let info = weights.info();
+    let files = info
+        .files
+        .iter()
+        .map(|file| file_record(file, view))
+        .collect::<anyhow::Result<_>>()
+        .map_err(bad_file)?;
+    let record = WeightsRecord {
+        source: WeightsSource::Checkpoint,
+        format: info.format.to_owned(),
+        stored_bytes: info.stored_bytes.clone(),
+        files,
+    };
+    Ok(Opened { name: model_name(choices), weights, record })
+}
+
+fn file_record(path: &Path, view: &View) -> anyhow::Result<FileRecord> {
+    let size_bytes = std::fs::metadata(path)?.len();
+    let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
+    let mut bar = view.bytes(&format!("hashing {name}"), size_bytes);
+    let sha256 = hash::sha256_file(path, &mut |bytes| bar.add(bytes))?;
+    Ok(FileRecord { name, size_bytes, sha256: Maybe::Value(sha256) })
+}
+
+fn synthetic(name: String, config: Config, seed: u64) -> Opened {
+    let weights = Synthetic::new(config, seed);
+    let record = WeightsRecord {
+        source: WeightsSource::Synthetic { seed },
+        format: "synthetic".to_owned(),
+        stored_bytes: weights.info().stored_bytes.clone(),
+        files: Vec::new(),
+    };
+    Opened { name, weights: Box::new(weights), record }
+}
+
+/// The shapes of the model, without its weights.
+pub(super) fn config_of(choices: &Choices) -> anyhow::Result<Config> {
+    let path = Path::new(&choices.model);
+    if path.exists() {
+        return Ok(open::open(path).map_err(bad_file)?.config().clone());
+    }
+    Ok(registry::find(&choices.model).map_err(usage)?.config)
+}
+
+/// The known model's own name, or the file's without its ending.
+pub(super) fn model_name(choices: &Choices) -> String {
+    if let Ok(known) = registry::find(&choices.model) {
+        return known.name;
+    }
+    let path = Path::new(&choices.model);
+    path.file_stem().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
+}

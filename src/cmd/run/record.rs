@@ -1,0 +1,94 @@
+//! Puts the record together around the measured cells.
+
+use super::choices::Choices;
+use super::start::Started;
+use crate::arch;
+use crate::backend::PAGE_SIZE;
+use crate::clock::{Clock, rfc3339_utc};
+use crate::machine::{self, Roots};
+use crate::record::{
+    Command, Engine, Maybe, Meter, Model, Record, SCHEMA, Session, Status, Tool,
+};
+
+/// The record before the first cell.
+pub(super) fn open(choices: &Choices, started: &Started) -> Record {
+    let machine = machine::capture(&Roots::default());
+    let fake = choices.fake.as_ref().map(|_| "fake engine: step times come from a script".to_owned());
+    Record {
+        schema: SCHEMA.to_owned(),
+        not_a_measurement: fake,
+        tool: Tool {
+            name: env!("CARGO_PKG_NAME").to_owned(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+        },
+        command: command(choices),
+        started_at: rfc3339_utc(started.clock.unix_ns()),
+        finished_at: Maybe::missing("running"),
+        status: Status::Running,
+        session: Session {
+            boot_id: machine.host.boot_id.clone(),
+            driver_loaded_at: Maybe::missing("no_gpu_in_use"),
+            label: given(choices.session.clone(), "not_given"),
+        },
+        machine,
+        model: Model {
+            name: started.model_name.clone(),
+            parameters: arch::parameters(&started.config),
+            config: started.config.clone(),
+            weights: started.weights.clone(),
+        },
+        engine: engine(choices, started),
+        meter: Meter { source: Maybe::missing("no_sensor") },
+        cost_model: given(choices.cost_model.clone(), "no_price"),
+        cells: Vec::new(),
+    }
+}
+
+/// Marks the end. An interrupted record stays interrupted.
+pub(super) fn close(record: &mut Record, clock: &Clock) {
+    record.finished_at = Maybe::Value(rfc3339_utc(clock.unix_ns()));
+    if record.status == Status::Running {
+        record.status = Status::Complete;
+    }
+}
+
+fn given<T>(value: Option<T>, reason: &str) -> Maybe<T> {
+    value.map_or_else(|| Maybe::missing(reason), Maybe::Value)
+}
+
+fn command(choices: &Choices) -> Command {
+    let seconds = |ns: u64| ns as f64 / 1e9;
+    Command {
+        argv: std::env::args_os().map(|word| word.to_string_lossy().into_owned()).collect(),
+        suite: given(choices.suite.clone(), "cells_on_command_line"),
+        seed: choices.protocol.seed,
+        repeat: choices.protocol.repeat,
+        min_seconds: seconds(choices.protocol.min_window_ns),
+        max_seconds: seconds(choices.protocol.max_window_ns),
+        planned_cells: choices.cells.iter().map(|cell| cell.key()).collect(),
+    }
+}
+
+fn engine(choices: &Choices, started: &Started) -> Engine {
+    let info = started.engine.info();
+    Engine {
+        name: info.name.to_owned(),
+        backend: info.backend.name.to_owned(),
+        device: choices.device.clone(),
+        compute_dtype: info.backend.compute_dtype.to_owned(),
+        kv_dtype: info.backend.kv_dtype.to_owned(),
+        threads: info.backend.threads as u32,
+        max_batch: info.limits.max_batch as u32,
+        chunk_tokens: info.limits.chunk as u32,
+        page_size_tokens: PAGE_SIZE as u32,
+        kv_pages: info.limits.pages as u32,
+        max_context_tokens: info.limits.max_context as u32,
+        weights_bytes: info.memory.weights_bytes,
+        kv_bytes: info.memory.kv_bytes,
+        activations_bytes: info.memory.activations_bytes,
+        stop_tokens_ignored: true,
+        sampling: "greedy".to_owned(),
+        clock_overhead_ns: started.clock.overhead_ns(),
+        load_ns: started.load_ns,
+    }
+}

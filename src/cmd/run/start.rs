@@ -1,0 +1,120 @@
+//! Builds the engine that the choices name, with just the memory that its largest cell needs.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::choices::Choices;
+use super::model::{self, Opened};
+use super::view::View;
+use super::DType;
+use crate::arch::Config;
+use crate::backend::{Backend, Cpu, CpuDType, cpu};
+use crate::clock::Clock;
+use crate::cmd::{Interrupted, bad_file, usage};
+use crate::engine::{
+    Engine, EngineLimits, FakeEngine, FakeScript, LlmEngine, check_batch_fits, pages_for, pages_needed,
+};
+use crate::model::{Model, shape_of};
+use crate::record::{Workload, WeightsRecord, WeightsSource};
+
+/// Sequences that an open loop may have in the engine at once.
+const OPEN_LOOP_BATCH: usize = 64;
+
+/// An engine ready to measure, and what it was made of.
+pub(super) struct Started {
+    pub(super) engine: Box<dyn Engine>,
+    pub(super) clock: Clock,
+    pub(super) model_name: String,
+    pub(super) config: Config,
+    pub(super) weights: WeightsRecord,
+    pub(super) load_ns: u64,
+}
+
+/// # Errors
+/// When the model cannot be had or a cell does not fit it; nothing was measured then.
+pub(super) fn start(choices: &Choices, stop: &AtomicBool, view: &View) -> anyhow::Result<Started> {
+    match &choices.fake {
+        Some(script) => start_fake(choices, script),
+        None => start_cpu(choices, stop, view),
+    }
+}
+
+fn start_fake(choices: &Choices, script: &FakeScript) -> anyhow::Result<Started> {
+    let config = model::config_of(choices)?;
+    let clock = Clock::scripted();
+    let limits = limits(choices, &config, None)?;
+    let engine = FakeEngine::new(script.clone(), limits, config.vocab_size, clock.clone()).map_err(usage)?;
+    Ok(Started {
+        engine: Box::new(engine),
+        clock,
+        model_name: model::model_name(choices),
+        config,
+        weights: WeightsRecord {
+            source: WeightsSource::Synthetic { seed: 0 },
+            format: "none".to_owned(),
+            stored_bytes: Default::default(),
+            files: Vec::new(),
+        },
+        load_ns: 0,
+    })
+}
+
+fn start_cpu(choices: &Choices, stop: &AtomicBool, view: &View) -> anyhow::Result<Started> {
+    cpu::set_threads(choices.threads.unwrap_or_else(cpu::default_threads))?;
+    let clock = Clock::monotonic();
+    let Opened { name, weights, record } = model::open_model(choices, view)?;
+    let begin_ns = clock.now_ns();
+    let config = weights.config().clone();
+    let dtype = match choices.dtype {
+        DType::F32 => CpuDType::F32,
+        DType::Quantized => CpuDType::Quantized,
+    };
+    let mut backend = Cpu::new(shape_of(&config), dtype);
+    let limits = limits(choices, &config, Some(backend.page_bytes()))?;
+    let mut bar = view.bytes("loading weights", record.stored_bytes.values().sum());
+    let model = Model::load(&mut backend, weights.as_ref(), &mut |bytes| bar.add(bytes)).map_err(bad_file)?;
+    drop(weights);
+    if stop.load(Ordering::Relaxed) {
+        return Err(Interrupted.into());
+    }
+    let engine = LlmEngine::new(backend, model, limits, clock.clone())?;
+    let load_ns = clock.now_ns() - begin_ns;
+    Ok(Started { engine: Box::new(engine), clock, model_name: name, config, weights: record, load_ns })
+}
+
+/// What the engine must hold for every cell. `page_bytes` is given where `--kv-memory` can bound it.
+fn limits(choices: &Choices, config: &Config, page_bytes: Option<u64>) -> anyhow::Result<EngineLimits> {
+    let (mut max_batch, mut max_context, mut pages) = (1, 1, 1);
+    for cell in &choices.cells {
+        let (prompt, output) = cell.lengths();
+        let tokens = prompt as usize + output as usize;
+        if tokens > config.max_position_embeddings {
+            return Err(usage(format!(
+                "cell {}: {prompt} prompt tokens and {output} output tokens exceed the model's context of {} tokens",
+                cell.key(),
+                config.max_position_embeddings
+            )));
+        }
+        let batch = sequences(cell);
+        max_batch = max_batch.max(batch);
+        max_context = max_context.max(tokens);
+        pages = pages.max(batch * pages_needed(tokens));
+    }
+    let mut limits = EngineLimits { max_batch, chunk: choices.chunk, pages, max_context };
+    if let (Some(memory_bytes), Some(page_bytes)) = (choices.kv_memory_bytes, page_bytes) {
+        limits.pages = pages_for(memory_bytes, page_bytes).map_err(|error| usage(format!("--kv-memory: {error}")))?;
+        for cell in choices.cells.iter().filter(|cell| cell.static_batch().is_some()) {
+            let (prompt, output) = cell.lengths();
+            check_batch_fits(limits.pages, sequences(cell), (prompt + output) as usize, page_bytes)
+                .map_err(|error| usage(format!("cell {}: --kv-memory: {error}", cell.key())))?;
+        }
+    }
+    Ok(limits)
+}
+
+fn sequences(cell: &Workload) -> usize {
+    match *cell {
+        Workload::ServeClosed { concurrency, .. } => concurrency as usize,
+        Workload::ServeOpen { .. } => OPEN_LOOP_BATCH,
+        _ => cell.static_batch().unwrap_or(1) as usize,
+    }
+}

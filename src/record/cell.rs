@@ -1,0 +1,234 @@
+//! What was measured of one workload: warm-up, windows, requests, and the checks on them.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::machine::CpuShare;
+use super::{Latency, Maybe};
+
+/// One kind of load at one set of sizes. All lengths are tokens per request.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Workload {
+    /// `batch` prompts of `isl` tokens at once; one output token each.
+    Prefill { batch: u32, isl: u32 },
+    /// `batch` sequences that already hold `depth` tokens make `osl` tokens each, one per step.
+    Decode { batch: u32, depth: u32, osl: u32 },
+    /// `batch` requests at once, prompt to last token, repeated.
+    Generate { batch: u32, isl: u32, osl: u32 },
+    /// `concurrency` requests always in the engine; at least `requests` are measured.
+    ServeClosed { concurrency: u32, isl: u32, osl: u32, requests: u32 },
+    /// Poisson arrivals at `request_rate_per_s`, whatever the engine does; at least `requests` are measured.
+    ServeOpen { request_rate_per_s: f64, isl: u32, osl: u32, requests: u32 },
+}
+
+impl Workload {
+    /// Stable name of the cell: `decode/b8/d512/o64`.
+    pub fn key(&self) -> String {
+        match self {
+            Workload::Prefill { batch, isl } => format!("prefill/b{batch}/i{isl}"),
+            Workload::Decode { batch, depth, osl } => format!("decode/b{batch}/d{depth}/o{osl}"),
+            Workload::Generate { batch, isl, osl } => format!("generate/b{batch}/i{isl}/o{osl}"),
+            Workload::ServeClosed { concurrency, isl, osl, requests } => {
+                format!("serve-closed/c{concurrency}/i{isl}/o{osl}/n{requests}")
+            }
+            Workload::ServeOpen { request_rate_per_s, isl, osl, requests } => {
+                format!("serve-open/r{request_rate_per_s}/i{isl}/o{osl}/n{requests}")
+            }
+        }
+    }
+
+    /// Prompt and output tokens of each request. A decode cell's prompt is its depth, and its first output token
+    /// belongs to the untimed prefill.
+    pub fn lengths(&self) -> (u32, u32) {
+        match *self {
+            Workload::Prefill { isl, .. } => (isl, 1),
+            Workload::Decode { depth, osl, .. } => (depth, osl + 1),
+            Workload::Generate { isl, osl, .. }
+            | Workload::ServeClosed { isl, osl, .. }
+            | Workload::ServeOpen { isl, osl, .. } => (isl, osl),
+        }
+    }
+
+    /// Input and output tokens that one request contributes to a window of a static cell.
+    pub fn counted_tokens(&self) -> (u32, u32) {
+        match *self {
+            Workload::Decode { osl, .. } => (0, osl),
+            _ => self.lengths(),
+        }
+    }
+
+    /// Sequences of a static cell, which repeats the same requests in every pass; `None` for serving.
+    pub fn static_batch(&self) -> Option<u32> {
+        match *self {
+            Workload::Prefill { batch, .. }
+            | Workload::Decode { batch, .. }
+            | Workload::Generate { batch, .. } => Some(batch),
+            Workload::ServeClosed { .. } | Workload::ServeOpen { .. } => None,
+        }
+    }
+}
+
+/// All that was measured of one workload.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Cell {
+    /// Name of the workload, such as `decode/b8/d512/o64`.
+    pub key: String,
+    pub workload: Workload,
+    pub devices: Vec<String>,
+    pub outcome: Outcome,
+    pub warmup: Maybe<Warmup>,
+    pub runs: Vec<Run>,
+}
+
+/// Whether the cell was measured.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Outcome {
+    Measured,
+    /// The runs before the failure are kept.
+    Failed { error: String },
+    /// Stopped by a signal; the runs before it are kept.
+    Interrupted,
+}
+
+/// Work of the same shapes before the first window; none of it is counted.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Warmup {
+    pub duration_ns: u64,
+    pub steps: u64,
+    pub requests: u64,
+}
+
+/// One repetition. Times are nanoseconds of the run's own monotonic clock.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Run {
+    pub index: u32,
+    /// Start of the run, RFC 3339, UTC.
+    pub started_at: String,
+    pub windows: Vec<Window>,
+    /// Load of the same kind before the window opened; missing for static cells, whose passes all start alike.
+    pub ramp: Maybe<Warmup>,
+    pub latency: Latency,
+    /// Requests that arrived in a window. A decode cell has a row per sequence and pass.
+    pub requests: Vec<RequestRow>,
+    pub drain: Maybe<Drain>,
+    pub steady: Steady,
+    pub checks: Vec<Check>,
+    /// SHA-256 over the output token ids (little-endian u32, request by request) of the first measured pass.
+    pub output_token_sha256: Maybe<String>,
+}
+
+/// The timed part. Tokens count when they become visible to the host in (`t0_ns`, `t1_ns`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Window {
+    pub t0_ns: u64,
+    pub t1_ns: u64,
+    /// Prompt tokens computed.
+    pub tokens_in: u64,
+    /// Output tokens that became visible.
+    pub tokens_out: u64,
+    /// Forward passes that became visible.
+    pub steps: u64,
+    /// Requests whose last token became visible.
+    pub requests_completed: u64,
+    /// Whole repetitions of a static workload; 0 for serving.
+    pub passes: u64,
+    /// Requests that had arrived and were not finished, at both ends.
+    pub backlog: WindowEnd,
+    pub cpu: Maybe<CpuShare>,
+    pub energy: Maybe<Energy>,
+    pub clocks: Maybe<Clocks>,
+    pub temperature: Maybe<Temperature>,
+    pub clock_events: Maybe<ClockEvents>,
+}
+
+/// A count at the start and at the end of a window.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct WindowEnd {
+    pub at_t0: u64,
+    pub at_t1: u64,
+}
+
+/// Energy of the device over the window.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Energy {
+    /// Joules between the two readings.
+    pub energy_j: f64,
+    /// Seconds between the two readings.
+    pub duration_s: f64,
+}
+
+/// Device clocks over the window.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Clocks {
+    pub sm_mean_mhz: f64,
+    pub memory_mhz: f64,
+}
+
+/// Device temperature over the window.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Temperature {
+    pub start_c: f64,
+    pub end_c: f64,
+}
+
+/// Time that clocks were held down during the window, by cause.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ClockEvents {
+    pub software_power_cap_ns: u64,
+    pub thermal_ns: u64,
+}
+
+/// One request of a run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RequestRow {
+    pub id: u64,
+    pub isl_tokens: u32,
+    /// Tokens produced so far; less than asked only when the drain ended first.
+    pub osl_tokens: u32,
+    /// When the request was meant to arrive.
+    pub arrival_ns: u64,
+    /// When it was handed to the engine.
+    pub submitted_ns: u64,
+    pub first_token_ns: Maybe<u64>,
+    pub last_token_ns: Maybe<u64>,
+    pub complete: bool,
+}
+
+/// What happened after the last window, while its requests were finished under unchanged load.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Drain {
+    pub duration_ns: u64,
+    /// Requests of the window that the drain's bound cut off.
+    pub unfinished: u64,
+}
+
+/// Whether the windows showed a steady state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Steady {
+    NotAssessed,
+    /// Open loop only: the backlog grew, so the latencies belong to the length of the window, not to the engine.
+    Unsustainable,
+}
+
+/// An identity that the measurement must satisfy, and whether it did.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Check {
+    pub name: String,
+    pub ok: bool,
+    pub detail: String,
+}

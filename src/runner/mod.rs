@@ -1,0 +1,135 @@
+//! Measures one cell: warm-up, timed windows, drain. In the timed path there is the engine, one time stamp per step
+//! (which all its tokens share) and an append to a list; everything else is computed from that list afterwards.
+//! Knows requests and clocks; knows no model, no file and no statistics.
+
+mod serve;
+mod stationary;
+mod summary;
+mod trace;
+mod witness;
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::clock::{Clock, rfc3339_utc};
+use crate::engine::{Engine, StepOutput};
+use crate::record::{Cell, Maybe, Outcome, Run, Warmup, Workload};
+
+use trace::Trace;
+pub use witness::Witness;
+
+/// How every cell is measured.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Protocol {
+    /// Measured repetitions.
+    pub repeat: u32,
+    /// Shortest window, ns.
+    pub min_window_ns: u64,
+    /// Longest serving window, and longest drain after it, ns.
+    pub max_window_ns: u64,
+    /// Shortest warm-up, ns; at least one whole pass is warmed up whatever this says.
+    pub warmup_ns: u64,
+    /// Seed of prompts and arrivals.
+    pub seed: u64,
+}
+
+/// What a measurement needs beside the workload.
+pub struct Stage<'a> {
+    pub engine: &'a mut dyn Engine,
+    pub clock: Clock,
+    pub witness: Witness,
+    /// Set by a signal; looked at between steps.
+    pub stop: &'a AtomicBool,
+    /// Name of the device, for the record.
+    pub device: String,
+    /// Told before each run: its index, and how many there are.
+    pub on_run: &'a mut dyn FnMut(u32, u32),
+}
+
+/// Why a run ended early.
+pub(crate) enum Halt {
+    Interrupted,
+    Failed(anyhow::Error),
+}
+
+impl From<anyhow::Error> for Halt {
+    fn from(error: anyhow::Error) -> Self {
+        Halt::Failed(error)
+    }
+}
+
+/// Measures `workload` and never fails as a whole: what went wrong is the cell's outcome, and the runs before it are
+/// kept.
+pub fn measure(stage: &mut Stage<'_>, workload: &Workload, protocol: &Protocol) -> Cell {
+    let mut cell = Cell {
+        key: workload.key(),
+        workload: *workload,
+        devices: vec![stage.device.clone()],
+        outcome: Outcome::Measured,
+        warmup: Maybe::missing("not_reached"),
+        runs: Vec::new(),
+    };
+    let measured = measure_runs(stage, workload, protocol, &mut cell);
+    let cleared = stage.engine.reset();
+    match measured.and(cleared.map_err(Halt::Failed)) {
+        Ok(()) => {}
+        Err(Halt::Interrupted) => cell.outcome = Outcome::Interrupted,
+        Err(Halt::Failed(error)) => cell.outcome = Outcome::Failed { error: format!("{error:#}") },
+    }
+    cell
+}
+
+fn measure_runs(
+    stage: &mut Stage<'_>,
+    workload: &Workload,
+    protocol: &Protocol,
+    cell: &mut Cell,
+) -> Result<(), Halt> {
+    let mut trace = Trace::default();
+    let warmup = match workload.static_batch() {
+        Some(_) => stationary::warm_up(stage, workload, protocol, &mut trace)?,
+        None => serve::warm_up(stage, workload, protocol, &mut trace)?,
+    };
+    cell.warmup = Maybe::Value(warmup);
+    for index in 0..protocol.repeat {
+        (stage.on_run)(index, protocol.repeat);
+        trace.clear();
+        let started_at = rfc3339_utc(stage.clock.unix_ns());
+        let run = match workload.static_batch() {
+            Some(_) => stationary::run(stage, workload, protocol, &mut trace)?,
+            None => serve::run(stage, workload, protocol, u64::from(index), &mut trace)?,
+        };
+        cell.runs.push(Run { index, started_at, ..run });
+    }
+    Ok(())
+}
+
+impl Stage<'_> {
+    /// One step of the engine, appended to `trace`. `false` when the engine is idle.
+    fn step(&mut self, output: &mut StepOutput, trace: &mut Trace) -> Result<bool, Halt> {
+        if self.stop.load(Ordering::Relaxed) {
+            return Err(Halt::Interrupted);
+        }
+        let busy = self.engine.step(output)?;
+        if busy {
+            trace.push(output);
+        }
+        Ok(busy)
+    }
+
+    /// Steps until every submitted request has finished.
+    fn finish_all(&mut self, output: &mut StepOutput, trace: &mut Trace) -> Result<(), Halt> {
+        while self.engine.unfinished() > 0 {
+            if !self.step(output, trace)? {
+                return Err(Halt::Failed(anyhow::anyhow!(
+                    "the engine is idle with {} unfinished requests",
+                    self.engine.unfinished()
+                )));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn warmup_of(trace: &Trace, duration_ns: u64, requests: u64) -> Warmup {
+    Warmup { duration_ns, steps: trace.steps.len() as u64, requests }
+}
