@@ -328,6 +328,14 @@ mod tests {
     }
 
     #[test]
+    fn a_script_may_be_written_in_part_but_not_misspelt() {
+        let script: FakeScript = toml::from_str("slowdown = 1.05\nseed = 3").unwrap();
+        assert_eq!(script, FakeScript { slowdown: 1.05, seed: 3, ..FakeScript::default() });
+        let error = toml::from_str::<FakeScript>("slow_down = 1.05").unwrap_err().to_string();
+        assert!(error.contains("unknown field `slow_down`"), "{error}");
+    }
+
+    #[test]
     fn a_script_that_makes_no_sense_is_refused() {
         let refuse =
             |script| FakeEngine::new(script, LIMITS, 10, Clock::scripted()).err().unwrap().to_string();

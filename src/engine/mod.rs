@@ -1,7 +1,7 @@
 //! The loop that admits requests and makes tokens: continuous batching over paged keys and values, chunked prefill.
 //! `pages`, `sequence` and `scheduler` hold only integers; `llm` turns their plans into forward passes; `fake` runs
-//! the same scheduler on a scripted clock; `score` gives log-probabilities instead of speed. Knows nothing of workloads,
-//! windows or meters.
+//! the same scheduler on a scripted clock; `score` gives log-probabilities instead of speed. Knows nothing of
+//! workloads, windows or meters.
 
 mod fake;
 mod llm;

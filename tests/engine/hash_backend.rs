@@ -187,8 +187,8 @@ impl<const IN_FLIGHT: usize> Backend for HashBackend<IN_FLIGHT> {
         attended: &Vec<u64>,
         x: &mut Vec<u64>,
     ) -> anyhow::Result<()> {
-        for row in 0..batch.num_tokens() {
-            x[row] = hash(x[row], attended[row]);
+        for (x, &attended) in x.iter_mut().zip(attended).take(batch.num_tokens()) {
+            *x = hash(*x, attended);
         }
         Ok(())
     }
@@ -200,8 +200,8 @@ impl<const IN_FLIGHT: usize> Backend for HashBackend<IN_FLIGHT> {
         x: &Vec<u64>,
         out: &mut Vec<u64>,
     ) -> anyhow::Result<()> {
-        for row in 0..batch.num_tokens() {
-            out[row] = hash(x[row], 1);
+        for (out, &x) in out.iter_mut().zip(x).take(batch.num_tokens()) {
+            *out = hash(x, 1);
         }
         Ok(())
     }
@@ -213,8 +213,8 @@ impl<const IN_FLIGHT: usize> Backend for HashBackend<IN_FLIGHT> {
         activated: &Vec<u64>,
         x: &mut Vec<u64>,
     ) -> anyhow::Result<()> {
-        for row in 0..batch.num_tokens() {
-            x[row] = hash(activated[row], 2);
+        for (x, &activated) in x.iter_mut().zip(activated).take(batch.num_tokens()) {
+            *x = hash(activated, 2);
         }
         Ok(())
     }
