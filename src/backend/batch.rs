@@ -7,7 +7,7 @@ use super::PAGE_SIZE;
 pub enum TokenInput {
     /// On the host.
     Id(u32),
-    /// On the device: the sample of this row of the previous step.
+    /// On the device: this one of the previous step's samples, counted as in its `sample_rows`.
     Sampled(u32),
 }
 

@@ -1,8 +1,23 @@
 //! The loop that admits requests and makes tokens: continuous batching over paged keys and values, chunked prefill.
 //! `pages`, `sequence` and `scheduler` hold only integers; `llm` turns their plans into forward passes; `fake` runs
-//! the same scheduler on a scripted clock. Knows nothing of workloads, windows or meters.
+//! the same scheduler on a scripted clock; `score` gives log-probabilities instead of speed. Knows nothing of
+//! workloads, windows or meters.
 
-use crate::backend::{BackendInfo, Memory, Sampling};
+mod fake;
+mod llm;
+mod pages;
+mod scheduler;
+mod score;
+mod sequence;
+
+use anyhow::ensure;
+
+use crate::backend::{BackendInfo, Memory, PAGE_SIZE, Sampling};
+pub use fake::{FakeEngine, FakeScript};
+pub use llm::LlmEngine;
+pub use pages::{PageList, Pages, check_batch_fits, pages_for, pages_needed};
+pub use scheduler::{Scheduler, StepPlan};
+pub use score::{Score, score};
 
 /// What is asked of the engine. Stop tokens are ignored: exactly `max_tokens` are produced.
 #[derive(Clone, Debug, PartialEq)]
@@ -29,7 +44,8 @@ pub struct TokenEvent {
     pub last: bool,
 }
 
-/// What one call of [`Engine::step`] finished. Reused between calls.
+/// What one call of [`Engine::step`] finished: all of one step, or nothing (see [`StepOutput::is_empty`]). Reused
+/// between calls.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct StepOutput {
     /// When the step's work was handed to the device, ns of the engine's clock.
@@ -40,7 +56,22 @@ pub struct StepOutput {
     pub prefill_tokens: u32,
     /// Sequences that the step carried one decode token for.
     pub decode_tokens: u32,
+    /// In the order of the step's sequences. Each became visible at `visible_ns`. None for a step that ends within a
+    /// prompt.
     pub events: Vec<TokenEvent>,
+}
+
+impl StepOutput {
+    /// No step was finished: the one just queued is still on the device.
+    pub fn is_empty(&self) -> bool {
+        self.prefill_tokens == 0 && self.decode_tokens == 0
+    }
+
+    /// Empties it and keeps its memory.
+    pub fn clear(&mut self) {
+        *self = StepOutput { events: std::mem::take(&mut self.events), ..StepOutput::default() };
+        self.events.clear();
+    }
 }
 
 /// Why a request was not taken.
@@ -54,7 +85,10 @@ pub enum SubmitError {
         "request {id}: {prompt} prompt tokens and {output} output tokens exceed the model's context of {context} tokens"
     )]
     ContextOverflow { id: u64, prompt: usize, output: u32, context: usize },
-    #[error("request {id}: needs {needed} KV pages, but the cache has only {total}")]
+    #[error(
+        "request {id}: needs {needed} KV pages, but the cache has only {total}, for {} tokens",
+        total * PAGE_SIZE
+    )]
     NeverFits { id: u64, needed: usize, total: usize },
     #[error("request {id}: token id {token} is outside the vocabulary of {vocab_size}")]
     TokenOutsideVocabulary { id: u64, token: u32, vocab_size: usize },
@@ -73,6 +107,31 @@ pub struct EngineLimits {
     pub pages: usize,
     /// Longest sequence, prompt and output together.
     pub max_context: usize,
+}
+
+impl EngineLimits {
+    /// Slots are counted in 32 bits.
+    pub const MOST_PAGES: usize = u32::MAX as usize / PAGE_SIZE;
+
+    /// # Errors
+    /// Names the limit that is zero or beyond what any device is given.
+    pub fn check(&self) -> anyhow::Result<()> {
+        let bounds = [
+            ("batch", self.max_batch, 1 << 16),
+            ("chunk", self.chunk, 1 << 20),
+            ("number of KV pages", self.pages, Self::MOST_PAGES),
+            ("context", self.max_context, 1 << 28),
+        ];
+        for (name, value, largest) in bounds {
+            ensure!((1..=largest).contains(&value), "the {name} is {value}, expected 1 to {largest}");
+        }
+        Ok(())
+    }
+
+    /// Tokens in one step at most: all sequences decode, or all but one do beside a chunk.
+    pub fn max_step_tokens(&self) -> usize {
+        self.max_batch - 1 + self.chunk
+    }
 }
 
 /// What the engine is, for the record.
@@ -97,23 +156,28 @@ pub trait Engine {
     fn submit(&mut self, request: Request) -> Result<(), SubmitError>;
 
     /// Queues one forward pass if there is work, and reports the oldest finished step in `output`. `false` when
-    /// nothing was queued, nothing is in flight and nothing was reported: the engine is idle.
+    /// nothing was queued, nothing is in flight and nothing was reported: the engine is idle. (It may still have
+    /// requests: held ones, and ones that wait for what those hold.)
     ///
     /// # Errors
     /// When the device fails; the engine cannot go on then.
     fn step(&mut self, output: &mut StepOutput) -> anyhow::Result<bool>;
 
-    /// Requests submitted and not finished.
+    /// Requests submitted (or rewound) whose last event was not reported yet.
     fn unfinished(&self) -> usize;
 
     /// Puts a finished, held request back to just after its first output token, to decode the rest again over the
-    /// same context. Its next event has index 1.
+    /// same context. Its next event has index 1. A request of one output token has nothing to decode again and stays
+    /// finished. Until it is released, a held request keeps its place in the batch as well as its pages.
     ///
     /// # Panics
     /// When no held, finished request has this id.
     fn rewind(&mut self, request: u64);
 
     /// Frees the pages of a finished, held request.
+    ///
+    /// # Panics
+    /// When no held, finished request has this id.
     fn release(&mut self, request: u64);
 
     /// Drops every request and frees every page. Steps in flight are waited for and their tokens dropped.

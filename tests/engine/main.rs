@@ -1,0 +1,6 @@
+//! The engine: its scheduler without a device, and its loop over a device whose every output depends on its whole
+//! input.
+
+mod hash_backend;
+mod llm;
+mod scheduler;
