@@ -15,9 +15,18 @@
 //!
 //! Left of the record everything touches the machine; right of it everything is a pure function of files.
 
+pub mod analysis;
 pub mod arch;
 pub mod backend;
 pub mod clock;
+//pub mod cmd;
 pub mod engine;
+pub mod machine;
 pub mod model;
+pub mod record;
+pub mod report;
+pub mod runner;
+pub mod suite;
+pub mod units;
 pub mod weights;
+pub mod workload;

@@ -89,8 +89,14 @@ mod tests {
 
     #[test]
     fn numbers_keep_three_significant_digits() {
-        let cases =
-            [(0.0, "0.00"), (0.01234, "0.0123"), (1.5, "1.50"), (112.6, "113"), (12345.4, "12,345"), (-4321.0, "-4,321")];
+        let cases = [
+            (0.0, "0.00"),
+            (0.01234, "0.0123"),
+            (1.5, "1.50"),
+            (112.6, "113"),
+            (12345.4, "12,345"),
+            (-4321.0, "-4,321"),
+        ];
         for (value, text) in cases {
             assert_eq!(format_significant(value), text);
         }

@@ -68,7 +68,18 @@ mod tests {
 
     #[test]
     fn prices_that_mean_nothing_are_refused() {
-        for bad in ["", "2.50", "USD", "NaN USD", "inf USD", "-1 USD", "0 USD", "1e400 USD", "2.5 usd", "2 US Dollars"] {
+        for bad in [
+            "",
+            "2.50",
+            "USD",
+            "NaN USD",
+            "inf USD",
+            "-1 USD",
+            "0 USD",
+            "1e400 USD",
+            "2.5 usd",
+            "2 US Dollars",
+        ] {
             let error = parse_price(bad, "command_line").expect_err(bad).to_string();
             assert!(error.contains("expected an amount"), "{error}");
         }

@@ -46,15 +46,25 @@ pub struct Throughput {
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum Flag {
-    Failed { error: String },
+    Failed {
+        error: String,
+    },
     Interrupted,
     /// Other processes, or the hypervisor, took this share of the cores in some window.
-    NotQuiet { foreign_share: f64, steal_share: f64 },
+    NotQuiet {
+        foreign_share: f64,
+        steal_share: f64,
+    },
     /// The open loop's backlog grew: its latencies belong to the length of the window.
     Unsustainable,
     /// Requests of the window that did not finish in time.
-    Unfinished { requests: u64 },
-    CheckFailed { check: String, detail: String },
+    Unfinished {
+        requests: u64,
+    },
+    CheckFailed {
+        check: String,
+        detail: String,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize)]

@@ -88,7 +88,9 @@ pub struct Cell {
 pub enum Outcome {
     Measured,
     /// The runs before the failure are kept.
-    Failed { error: String },
+    Failed {
+        error: String,
+    },
     /// Stopped by a signal; the runs before it are kept.
     Interrupted,
 }

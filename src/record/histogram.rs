@@ -86,12 +86,19 @@ impl LatencyHistogram {
     /// When the encoding is another one, or the data is broken or disagrees with `count`.
     pub fn decode(&self) -> Result<Histogram<u64>, String> {
         if self.encoding != ENCODING || self.unit != "ns" {
-            return Err(format!("histogram is {} in {}, expected {ENCODING} in ns", self.encoding, self.unit));
+            return Err(format!(
+                "histogram is {} in {}, expected {ENCODING} in ns",
+                self.encoding, self.unit
+            ));
         }
         if self.data.len() > LONGEST_DATA {
-            return Err(format!("histogram has {} characters, expected at most {LONGEST_DATA}", self.data.len()));
+            return Err(format!(
+                "histogram has {} characters, expected at most {LONGEST_DATA}",
+                self.data.len()
+            ));
         }
-        let bytes = STANDARD.decode(&self.data).map_err(|error| format!("histogram is no base64: {error}"))?;
+        let bytes =
+            STANDARD.decode(&self.data).map_err(|error| format!("histogram is no base64: {error}"))?;
         let histogram: Histogram<u64> = Deserializer::new()
             .deserialize(&mut bytes.as_slice())
             .map_err(|error| format!("histogram cannot be decoded: {error:?}"))?;
@@ -113,7 +120,9 @@ pub fn merge<'a>(
     for part in parts {
         let histogram = part.decode()?;
         match &mut merged {
-            Some(merged) => merged.add(&histogram).map_err(|error| format!("histograms differ: {error:?}"))?,
+            Some(merged) => {
+                merged.add(&histogram).map_err(|error| format!("histograms differ: {error:?}"))?
+            }
             None => merged = Some(histogram),
         }
     }
@@ -159,7 +168,8 @@ mod tests {
     #[test]
     fn merging_equals_the_histogram_of_the_union() {
         let (one, two) = (sample(1), sample(2));
-        let parts = [LatencyHistogram::of(one.clone()), LatencyHistogram::of(two.clone())].map(Option::unwrap);
+        let parts =
+            [LatencyHistogram::of(one.clone()), LatencyHistogram::of(two.clone())].map(Option::unwrap);
         let merged = merge(&parts).unwrap().unwrap();
         let union = LatencyHistogram::of(one.into_iter().chain(two)).unwrap().decode().unwrap();
         assert_eq!(merged, union);

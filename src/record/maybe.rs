@@ -123,6 +123,9 @@ mod tests {
     #[test]
     fn the_schema_allows_both_forms() {
         let schema = serde_json::to_string(&schemars::schema_for!(Maybe<u64>)).unwrap();
-        assert!(schema.contains("anyOf") && schema.contains("integer") && schema.contains("missing"), "{schema}");
+        assert!(
+            schema.contains("anyOf") && schema.contains("integer") && schema.contains("missing"),
+            "{schema}"
+        );
     }
 }

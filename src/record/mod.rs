@@ -17,7 +17,8 @@ use serde::{Deserialize, Serialize};
 use machine::Machine;
 
 pub use cell::{
-    Cell, Check, Drain, ClockEvents, Clocks, Energy, Outcome, RequestRow, Run, Steady, Temperature, Warmup, Window, WindowEnd, Workload,
+    Cell, Check, ClockEvents, Clocks, Drain, Energy, Outcome, RequestRow, Run, Steady, Temperature, Warmup,
+    Window, WindowEnd, Workload,
 };
 pub use histogram::{Latency, LatencyHistogram, merge as merge_histograms};
 pub use maybe::{Maybe, Missing};
@@ -131,7 +132,9 @@ pub struct WeightsRecord {
 pub enum WeightsSource {
     Checkpoint,
     /// Values from a counter hash; the shapes are the model's own.
-    Synthetic { seed: u64 },
+    Synthetic {
+        seed: u64,
+    },
 }
 
 /// A file by its name (not its place) and content.

@@ -118,7 +118,9 @@ pub fn parse(text: &str) -> Result<Record, String> {
     match value.get("schema").and_then(Value::as_str) {
         Some(SCHEMA) => {}
         Some(other) if other.starts_with("tokmeter-record/") => {
-            return Err(format!("has schema {other}, expected {SCHEMA}; it was made by another version of tokmeter"));
+            return Err(format!(
+                "has schema {other}, expected {SCHEMA}; it was made by another version of tokmeter"
+            ));
         }
         Some(other) => return Err(format!("has schema {other:.60}, expected {SCHEMA}")),
         None => return Err(format!("has no field schema, expected {SCHEMA}")),

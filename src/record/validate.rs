@@ -112,7 +112,8 @@ fn check_window(cell: &Cell, window: &Window, place: &str, found: &mut Vec<Viola
 
 fn check_row(cell: &Cell, row: &RequestRow, place: &str, found: &mut Vec<Violation>) {
     let (isl, osl) = (cell.workload.lengths().0, cell.workload.counted_tokens().1);
-    let lengths = row.isl_tokens == isl && if row.complete { row.osl_tokens == osl } else { row.osl_tokens < osl };
+    let lengths =
+        row.isl_tokens == isl && if row.complete { row.osl_tokens == osl } else { row.osl_tokens < osl };
     require(found, place, lengths, || {
         format!(
             "request {} has {} input and {} output tokens, expected {isl} and {osl}",

@@ -49,9 +49,20 @@ pub fn jsonl(summary: &Summary) -> serde_json::Result<String> {
 /// which is quoted.
 pub fn csv(summary: &Summary) -> String {
     let latencies = ["ttft", "itl", "tpot", "e2e", "step"];
-    let mut titles: Vec<String> = ["model", "device", "backend", "compute_dtype", "cell", "runs", "tokens", "tokens_per_s", "spread_ratio", "total_tokens_per_s"]
-        .map(str::to_owned)
-        .to_vec();
+    let mut titles: Vec<String> = [
+        "model",
+        "device",
+        "backend",
+        "compute_dtype",
+        "cell",
+        "runs",
+        "tokens",
+        "tokens_per_s",
+        "spread_ratio",
+        "total_tokens_per_s",
+    ]
+    .map(str::to_owned)
+    .to_vec();
     for latency in latencies {
         titles.extend(["count", "p50_ns", "p90_ns", "p99_ns"].map(|part| format!("{latency}_{part}")));
     }

@@ -37,20 +37,26 @@ fn facts(record: &Record) -> Vec<(&'static str, String)> {
         ("started", record.started_at.clone()),
         ("command", format!("`{}`", record.command.argv.join(" ").replace('`', "'"))),
         ("machine", machine(record)),
-        ("engine", format!(
-            "{} {} · {} backend, {} threads, computes in {}, KV in {}",
-            record.tool.name,
-            record.tool.version,
-            record.engine.backend,
-            record.engine.threads,
-            record.engine.compute_dtype,
-            record.engine.kv_dtype
-        )),
+        (
+            "engine",
+            format!(
+                "{} {} · {} backend, {} threads, computes in {}, KV in {}",
+                record.tool.name,
+                record.tool.version,
+                record.engine.backend,
+                record.engine.threads,
+                record.engine.compute_dtype,
+                record.engine.kv_dtype
+            ),
+        ),
         ("weights", format!("{} ({})", weights.format, stored.join(", "))),
-        ("runs", format!(
-            "{} per cell, windows of at least {} s",
-            record.command.repeat, record.command.min_seconds
-        )),
+        (
+            "runs",
+            format!(
+                "{} per cell, windows of at least {} s",
+                record.command.repeat, record.command.min_seconds
+            ),
+        ),
     ];
     if let Some(reason) = &record.not_a_measurement {
         facts.insert(0, ("NOT A MEASUREMENT", reason.clone()));

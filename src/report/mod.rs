@@ -44,9 +44,8 @@ fn row(cell: &CellSummary) -> Vec<String> {
         let value = quantiles.value().and_then(|quantiles| pick(quantiles).value().copied());
         value.map_or(DASH.to_owned(), format_ns)
     };
-    let number = |value: &Maybe<f64>| {
-        value.value().map_or(DASH.to_owned(), |value| format_significant(*value))
-    };
+    let number =
+        |value: &Maybe<f64>| value.value().map_or(DASH.to_owned(), |value| format_significant(*value));
     vec![
         if cell.flags.is_empty() { cell.key.clone() } else { format!("{} !", cell.key) },
         tokens,

@@ -9,7 +9,7 @@ use crate::analysis::Summary;
 /// A summary as plain text: heading, one line per cell, notes.
 pub fn table(summary: &Summary) -> String {
     let mut table = Table::new();
-    table.load_preset(NOTHING).set_content_arrangement(ContentArrangement::Disabled);
+    table.load_style(NOTHING).set_content_arrangement(ContentArrangement::Disabled);
     table.set_header(titles(&summary.currency));
     for cell in &summary.cells {
         table.add_row(row(cell));
@@ -31,10 +31,8 @@ pub fn table(summary: &Summary) -> String {
 
 /// Model, types and device in one line, and loudly what is not a measurement of a real model.
 pub(super) fn heading(summary: &Summary) -> String {
-    let mut text = format!(
-        "{} · {} · {} on {}",
-        summary.model, summary.compute_dtype, summary.backend, summary.device
-    );
+    let mut text =
+        format!("{} · {} · {} on {}", summary.model, summary.compute_dtype, summary.backend, summary.device);
     if summary.synthetic_weights {
         text.push_str("\nSYNTHETIC WEIGHTS: true shapes, made-up values");
     }
@@ -45,5 +43,8 @@ pub(super) fn heading(summary: &Summary) -> String {
 }
 
 fn trimmed(text: &str) -> String {
-    text.lines().map(|line| line.trim_end().strip_prefix(' ').unwrap_or(line.trim_end())).collect::<Vec<_>>().join("\n")
+    text.lines()
+        .map(|line| line.trim_end().strip_prefix(' ').unwrap_or(line.trim_end()))
+        .collect::<Vec<_>>()
+        .join("\n")
 }

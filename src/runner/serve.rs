@@ -3,7 +3,7 @@
 //! hide its own queue. Load goes on unchanged while the window's requests are finished.
 
 use super::summary::{self, Measured, Submission};
-use super::trace::{Trace, inside};
+use super::trace::{Trace, arrives_inside};
 use super::{Halt, Protocol, Stage, warmup_of};
 use crate::engine::{Request, StepOutput};
 use crate::record::{Drain, Maybe, Run, Warmup, Workload};
@@ -125,10 +125,11 @@ impl<'a> Load<'a> {
         output: &mut StepOutput,
         trace: &mut Trace,
     ) -> Result<(), Halt> {
-        let before = self.submissions.len();
         loop {
             self.turn(stage, output, trace)?;
             let elapsed_ns = stage.clock.now_ns() - t0_ns;
+            // Arrivals are in order of time.
+            let before = self.submissions.partition_point(|submission| submission.arrival_ns < t0_ns);
             let enough = self.submissions.len() - before >= self.wanted_requests() as usize;
             if elapsed_ns >= protocol.max_window_ns || (enough && elapsed_ns >= protocol.min_window_ns) {
                 return Ok(());
@@ -148,7 +149,7 @@ impl<'a> Load<'a> {
         let mut waiting: std::collections::HashSet<u64> = self
             .submissions
             .iter()
-            .filter(|submission| inside(submission.arrival_ns, t0_ns, t1_ns))
+            .filter(|submission| arrives_inside(submission.arrival_ns, t0_ns, t1_ns))
             .map(|submission| submission.id)
             .collect();
         for event in trace.events.iter().filter(|event| event.last) {

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use sha2::{Digest as _, Sha256};
 
-use super::trace::{Trace, inside};
+use super::trace::{Trace, arrives_inside, inside};
 use crate::engine::TokenEvent;
 use crate::record::machine::CpuShare;
 use crate::record::{
@@ -194,10 +194,8 @@ fn lives_of_submissions(
     let (isl, osl) = workload.lengths();
     let mut lives: Vec<Life> = submissions
         .iter()
-        .filter(|submission| inside(submission.arrival_ns, t0_ns, t1_ns))
-        .map(|submission| {
-            Life::new(submission.id, isl, osl, submission.arrival_ns, submission.submitted_ns)
-        })
+        .filter(|submission| arrives_inside(submission.arrival_ns, t0_ns, t1_ns))
+        .map(|submission| Life::new(submission.id, isl, osl, submission.arrival_ns, submission.submitted_ns))
         .collect();
     let place: HashMap<u64, usize> =
         lives.iter().enumerate().map(|(index, life)| (life.row.id, index)).collect();

@@ -60,7 +60,14 @@ impl Trace {
     }
 }
 
-/// Whether `at_ns` lies in (`t0_ns`, `t1_ns`].
+/// Whether an output that became visible at `at_ns` belongs to the window: (`t0_ns`, `t1_ns`], since a step that ends
+/// on the edge was worked on before it.
 pub(crate) fn inside(at_ns: u64, t0_ns: u64, t1_ns: u64) -> bool {
     t0_ns < at_ns && at_ns <= t1_ns
+}
+
+/// Whether a request that arrived at `at_ns` belongs to the window: [`t0_ns`, `t1_ns`), since one that arrives on the
+/// edge is worked on after it.
+pub(crate) fn arrives_inside(at_ns: u64, t0_ns: u64, t1_ns: u64) -> bool {
+    t0_ns <= at_ns && at_ns < t1_ns
 }

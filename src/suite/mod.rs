@@ -189,9 +189,7 @@ fn kind_named(name: &str) -> anyhow::Result<Kind> {
         "generate" => Kind::Generate,
         "serve-closed" => Kind::ServeClosed,
         "serve-open" => Kind::ServeOpen,
-        _ => bail!(
-            "kind is '{name}', expected prefill, decode, generate, serve-closed or serve-open"
-        ),
+        _ => bail!("kind is '{name}', expected prefill, decode, generate, serve-closed or serve-open"),
     })
 }
 
@@ -244,7 +242,12 @@ pub fn expand(kind: Kind, sizes: &Sizes) -> anyhow::Result<Vec<Workload>> {
         Kind::ServeOpen => {
             for &request_rate_per_s in &sizes.request_rate_per_s {
                 pairs(&sizes.isl, &sizes.osl, |isl, osl| {
-                    push(Workload::ServeOpen { request_rate_per_s, isl, osl, requests: sizes.requests.max(1) });
+                    push(Workload::ServeOpen {
+                        request_rate_per_s,
+                        isl,
+                        osl,
+                        requests: sizes.requests.max(1),
+                    });
                 });
             }
         }

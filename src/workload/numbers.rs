@@ -77,7 +77,9 @@ mod tests {
 
     #[test]
     fn nonsense_and_endless_ranges_are_refused() {
-        for bad in ["", "a", "1,,2", "8..1", "0..8*2", "1..8*1", "1..8+0", "1..", "-1", "1.5", "1..4000000000"] {
+        for bad in
+            ["", "a", "1,,2", "8..1", "0..8*2", "1..8*1", "1..8+0", "1..", "-1", "1.5", "1..4000000000"]
+        {
             assert!(parse_numbers(bad).is_err(), "'{bad}' was accepted");
         }
     }

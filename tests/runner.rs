@@ -1,0 +1,259 @@
+//! The runner over the scripted engine, where every time is known in advance.
+
+use std::sync::atomic::AtomicBool;
+
+use tokmeter::clock::Clock;
+use tokmeter::engine::{Engine, EngineInfo, EngineLimits, FakeEngine, FakeScript, Request, StepOutput, SubmitError};
+use tokmeter::record::{Cell, Maybe, Outcome, Run, Steady, Workload};
+use tokmeter::runner::{Protocol, Stage, Witness, measure};
+
+const MS: u64 = 1_000_000;
+const LIMITS: EngineLimits = EngineLimits { max_batch: 16, chunk: 64, pages: 4096, max_context: 4096 };
+const PROTOCOL: Protocol =
+    Protocol { repeat: 2, min_window_ns: 500 * MS, max_window_ns: 20_000 * MS, warmup_ns: 0, seed: 1 };
+
+/// 10 ms a step, and 1 ms for each prompt token or sequence in it.
+fn script() -> FakeScript {
+    FakeScript {
+        base_ns: 10 * MS,
+        per_prefill_token_ns: MS,
+        per_decode_token_ns: MS,
+        per_context_token_ps: 0,
+        ..FakeScript::default()
+    }
+}
+
+fn measured(workload: Workload, script: FakeScript) -> Cell {
+    let clock = Clock::scripted();
+    let engine = FakeEngine::new(script, LIMITS, 1000, clock.clone()).unwrap();
+    measured_on(engine, clock, workload)
+}
+
+fn measured_on(mut engine: impl Engine, clock: Clock, workload: Workload) -> Cell {
+    let mut stage = Stage {
+        engine: &mut engine,
+        clock,
+        witness: Witness::blind(),
+        stop: &AtomicBool::new(false),
+        device: "fake".to_owned(),
+        on_run: &mut |_, _| {},
+    };
+    measure(&mut stage, &workload, &PROTOCOL)
+}
+
+fn only_window(run: &Run) -> &tokmeter::record::Window {
+    assert_eq!(run.windows.len(), 1);
+    &run.windows[0]
+}
+
+fn p50_ns(histogram: &Maybe<tokmeter::record::LatencyHistogram>) -> f64 {
+    histogram.value().expect("a histogram").decode().unwrap().value_at_quantile(0.5) as f64
+}
+
+fn assert_within_a_thousandth(found: f64, expected: f64) {
+    assert!((found / expected - 1.0).abs() <= 1e-3, "{found} against {expected}");
+}
+
+#[test]
+fn a_prefill_cell_counts_prompt_tokens_over_whole_passes() {
+    let cell = measured(Workload::Prefill { batch: 2, isl: 50 }, script());
+    assert_eq!(cell.outcome, Outcome::Measured);
+    assert_eq!(cell.runs.len(), 2);
+    for run in &cell.runs {
+        let window = only_window(run);
+        // 100 prompt tokens in chunks of 64: two steps, 10 + 64 and 10 + 36 ms. Five passes pass 500 ms.
+        assert_eq!((window.passes, window.steps), (5, 10));
+        assert_eq!((window.tokens_in, window.tokens_out), (500, 10));
+        assert_eq!(window.t1_ns - window.t0_ns, 5 * 120 * MS);
+        assert!(run.checks.iter().all(|check| check.ok), "{:?}", run.checks);
+    }
+    assert_eq!(cell.runs[0].output_token_sha256, cell.runs[1].output_token_sha256);
+    assert!(cell.runs[0].output_token_sha256.value().is_some());
+}
+
+#[test]
+fn a_decode_cell_times_no_prefill_and_returns_to_its_depth_in_every_pass() {
+    let cell = measured(Workload::Decode { batch: 4, depth: 100, osl: 8 }, script());
+    for run in &cell.runs {
+        let window = only_window(run);
+        // 8 steps of 10 + 4 ms a pass: 112 ms.
+        assert_eq!((window.passes, window.steps, window.tokens_in, window.tokens_out), (5, 40, 0, 160));
+        assert_eq!(window.t1_ns - window.t0_ns, 5 * 112 * MS);
+        assert_eq!(run.latency.ttft, Maybe::missing("prefill_not_timed"));
+        assert_within_a_thousandth(p50_ns(&run.latency.tpot), 14e6);
+        assert_within_a_thousandth(p50_ns(&run.latency.step), 14e6);
+        assert_eq!(run.requests.len(), 5 * 4);
+        assert!(run.requests.iter().all(|row| row.complete && row.osl_tokens == 8));
+    }
+}
+
+#[test]
+fn a_generate_cell_separates_first_token_from_the_rest() {
+    let cell = measured(Workload::Generate { batch: 2, isl: 32, osl: 5 }, script());
+    let run = &cell.runs[0];
+    // One step of 10 + 64 ms, then four of 10 + 2 ms.
+    assert_within_a_thousandth(p50_ns(&run.latency.ttft), 74e6);
+    assert_within_a_thousandth(p50_ns(&run.latency.itl), 12e6);
+    assert_within_a_thousandth(p50_ns(&run.latency.tpot), 12e6);
+    assert_within_a_thousandth(p50_ns(&run.latency.e2e), 122e6);
+    assert_eq!(only_window(run).passes, 5);
+}
+
+#[test]
+fn late_delivery_changes_no_count_and_no_rate() {
+    for workload in [
+        Workload::Prefill { batch: 2, isl: 50 },
+        Workload::Decode { batch: 4, depth: 100, osl: 8 },
+        Workload::Generate { batch: 2, isl: 32, osl: 5 },
+    ] {
+        let prompt = measured(workload, script());
+        let late = measured(workload, FakeScript { steps_in_flight: 1, ..script() });
+        for (prompt, late) in prompt.runs.iter().zip(&late.runs) {
+            let (prompt_window, late_window) = (only_window(prompt), only_window(late));
+            assert_eq!(prompt_window.tokens_out, late_window.tokens_out);
+            assert_eq!(
+                prompt_window.t1_ns - prompt_window.t0_ns,
+                late_window.t1_ns - late_window.t0_ns,
+                "the device is never idle within a pass"
+            );
+            assert_eq!(prompt.output_token_sha256, late.output_token_sha256);
+        }
+    }
+}
+
+#[test]
+fn a_closed_loop_keeps_its_concurrency_and_measures_enough_requests() {
+    let workload = Workload::ServeClosed { concurrency: 4, isl: 16, osl: 10, requests: 20 };
+    let cell = measured(workload, script());
+    for run in &cell.runs {
+        let window = only_window(run);
+        assert!(run.requests.len() >= 20, "{} requests", run.requests.len());
+        assert!(run.requests.iter().all(|row| row.complete && row.osl_tokens == 10 && row.isl_tokens == 16));
+        assert_eq!((window.backlog.at_t0, window.backlog.at_t1), (4, 4));
+        assert_eq!(run.drain.value().unwrap().unfinished, 0);
+        assert!(run.ramp.value().unwrap().requests >= 4);
+        assert_eq!(run.steady, Steady::NotAssessed);
+        let rate = window.tokens_out as f64 / (window.t1_ns - window.t0_ns) as f64;
+        let all_in = window.tokens_in as f64 / window.tokens_out as f64;
+        assert!((all_in - 1.6).abs() < 0.2, "16 tokens in for 10 out, found {all_in}");
+        // 10 tokens cost ten shares of a 10 ms step, 10 ms of decode and 16 ms of prefill: 4 tokens in about 20.6 ms.
+        assert!((rate * 1e9 / 194.0 - 1.0).abs() < 0.1, "{} tok/s", rate * 1e9);
+    }
+}
+
+#[test]
+fn an_open_loop_counts_latency_from_the_intended_arrival() {
+    // 1 ms of service a request and 20 a second: nearly idle, so that every request waits for its own steps alone.
+    let light = FakeScript { base_ns: MS, per_prefill_token_ns: 0, per_decode_token_ns: 0, ..script() };
+    let workload = Workload::ServeOpen { request_rate_per_s: 20.0, isl: 8, osl: 2, requests: 50 };
+    let run = &measured(workload, light).runs[0];
+    assert!(run.requests.len() >= 50);
+    assert_eq!(run.steady, Steady::NotAssessed);
+    let seconds = (only_window(run).t1_ns - only_window(run).t0_ns) as f64 / 1e9;
+    let rate = run.requests.len() as f64 / seconds;
+    assert!((rate / 20.0 - 1.0).abs() < 0.5, "{rate} arrivals a second");
+    assert!(p50_ns(&run.latency.ttft) < 2.1e6);
+}
+
+#[test]
+fn an_open_loop_that_cannot_keep_up_is_unsustainable_and_bounded() {
+    let slow = FakeScript { base_ns: 100 * MS, ..script() };
+    let workload = Workload::ServeOpen { request_rate_per_s: 50.0, isl: 8, osl: 10, requests: 50 };
+    let run = &measured(workload, slow).runs[0];
+    assert_eq!(run.steady, Steady::Unsustainable);
+    assert!(run.drain.value().unwrap().duration_ns <= PROTOCOL.max_window_ns + 1000 * MS);
+    // The queue is in the latency: a request's own steps take about 1.2 s.
+    let latest = run.latency.ttft.value().unwrap().max_ns;
+    assert!(latest > 1_500 * MS, "the longest wait is {latest} ns");
+}
+
+/// Stalls once, for a second, at the given step.
+struct Stalling {
+    inner: FakeEngine,
+    clock: Clock,
+    steps_left: u32,
+}
+
+impl Engine for Stalling {
+    fn info(&self) -> EngineInfo {
+        self.inner.info()
+    }
+    fn submit(&mut self, request: Request) -> Result<(), SubmitError> {
+        self.inner.submit(request)
+    }
+    fn step(&mut self, output: &mut StepOutput) -> anyhow::Result<bool> {
+        self.steps_left = self.steps_left.wrapping_sub(1);
+        if self.steps_left == 0 {
+            self.clock.advance_ns(1_000 * MS);
+        }
+        self.inner.step(output)
+    }
+    fn unfinished(&self) -> usize {
+        self.inner.unfinished()
+    }
+    fn rewind(&mut self, request: u64) {
+        self.inner.rewind(request);
+    }
+    fn release(&mut self, request: u64) {
+        self.inner.release(request);
+    }
+    fn reset(&mut self) -> anyhow::Result<()> {
+        self.inner.reset()
+    }
+}
+
+#[test]
+fn a_stall_shows_in_every_request_that_it_delayed() {
+    let clock = Clock::scripted();
+    let quick = FakeScript { base_ns: MS, per_prefill_token_ns: 0, per_decode_token_ns: 0, ..script() };
+    let inner = FakeEngine::new(quick, LIMITS, 1000, clock.clone()).unwrap();
+    let engine = Stalling { inner, clock: clock.clone(), steps_left: 300 };
+    let workload = Workload::ServeOpen { request_rate_per_s: 100.0, isl: 8, osl: 1, requests: 300 };
+    let cell = measured_on(engine, clock, workload);
+    let ttft = cell.runs.iter().map(|run| run.latency.ttft.value().unwrap().decode().unwrap());
+    let worst = ttft.map(|histogram| histogram.value_at_quantile(0.99)).max().unwrap();
+    // Coordinated omission would show one slow request among hundreds; about a hundred arrived during the stall.
+    assert!(worst >= 900 * MS, "p99 is {worst} ns");
+}
+
+#[test]
+fn a_request_that_can_never_run_fails_its_cell_with_the_reason() {
+    let cell = measured(Workload::Prefill { batch: 1, isl: 5000 }, script());
+    let Outcome::Failed { error } = &cell.outcome else { panic!("{:?}", cell.outcome) };
+    assert!(error.contains("5000 prompt tokens") && error.contains("4096"), "{error}");
+    assert!(cell.runs.is_empty());
+}
+
+#[test]
+fn a_signal_keeps_the_runs_that_were_whole() {
+    let clock = Clock::scripted();
+    let mut engine = FakeEngine::new(script(), LIMITS, 1000, clock.clone()).unwrap();
+    let stop = AtomicBool::new(false);
+    let mut stage = Stage {
+        engine: &mut engine,
+        clock,
+        witness: Witness::blind(),
+        stop: &stop,
+        device: "fake".to_owned(),
+        on_run: &mut |run, _| {
+            if run == 1 {
+                stop.store(true, std::sync::atomic::Ordering::Relaxed);
+            }
+        },
+    };
+    let cell = measure(&mut stage, &Workload::Prefill { batch: 1, isl: 10 }, &PROTOCOL);
+    assert_eq!(cell.outcome, Outcome::Interrupted);
+    assert_eq!(cell.runs.len(), 1);
+    assert_eq!(stage.engine.unfinished(), 0, "the engine is empty again");
+}
+
+#[test]
+fn the_same_seed_gives_the_same_cell_to_the_bit() {
+    for workload in [
+        Workload::ServeOpen { request_rate_per_s: 5.0, isl: 16, osl: 4, requests: 30 },
+        Workload::ServeClosed { concurrency: 3, isl: 16, osl: 4, requests: 30 },
+    ] {
+        let noisy = FakeScript { noise_rel: 0.05, ..script() };
+        assert_eq!(measured(workload, noisy.clone()), measured(workload, noisy));
+    }
+}
