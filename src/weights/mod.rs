@@ -3,6 +3,7 @@
 //! `fetch` finds the files → `gguf`/`safetensors`/`synthetic` open them → [`Weights`] hands out tensors.
 
 pub mod dtype;
+pub mod gguf;
 
 use std::borrow::Cow;
 
