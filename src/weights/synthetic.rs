@@ -182,3 +182,120 @@ impl Weights for Synthetic {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::arch::{Architecture, Rope, RopeScaling};
+
+    fn config() -> Config {
+        Config {
+            architecture: Architecture::Qwen2,
+            hidden_size: 64,
+            intermediate_size: 96,
+            num_hidden_layers: 2,
+            num_attention_heads: 4,
+            num_key_value_heads: 2,
+            head_dim: 16,
+            vocab_size: 3000,
+            max_position_embeddings: 256,
+            rms_norm_eps: 1e-6,
+            rope: Rope { theta: 10_000.0, scaling: RopeScaling::None },
+            tie_word_embeddings: true,
+        }
+    }
+
+    fn values(seed: u64, dtype: SyntheticDType, name: &str) -> Vec<f32> {
+        Synthetic::new(config(), seed).with_dtype(dtype).tensor(name).unwrap().to_f32().unwrap()
+    }
+
+    /// Bits from a separate program that follows the module's text in arbitrary-precision arithmetic.
+    const GOLDEN: [(&str, [u32; 3]); 5] = [
+        ("model.layers.0.self_attn.q_proj.weight", [0xbe38c6be, 0xbe1c1d19, 0x3ddce2f2]),
+        ("model.layers.1.mlp.down_proj.weight", [0xbd4268b9, 0xbd7afb51, 0xbbf711f3]),
+        ("model.norm.weight", [0x3f89d376, 0x3f6dcafe, 0x3f769017]),
+        ("model.layers.0.self_attn.k_proj.bias", [0x3da83504, 0xbcd69277, 0x3d334cff]),
+        ("model.embed_tokens.weight", [0xbca08002, 0x3d319364, 0x3db91c9b]),
+    ];
+
+    #[test]
+    fn bits_are_those_of_an_independent_program() {
+        for (name, expected) in GOLDEN {
+            let values = values(42, SyntheticDType::F32, name);
+            assert_eq!([0, 1, 31].map(|index: usize| values[index].to_bits()), expected, "{name}");
+        }
+    }
+
+    #[test]
+    fn bf16_is_the_f32_value_rounded_to_nearest_even() {
+        let name = "model.embed_tokens.weight";
+        let wide = values(42, SyntheticDType::F32, name);
+        let narrow = values(42, SyntheticDType::BF16, name);
+        for (wide, narrow) in wide.iter().zip(&narrow) {
+            assert_eq!(half::bf16::from_f32(*wide).to_f32(), *narrow);
+        }
+    }
+
+    #[test]
+    fn values_do_not_depend_on_the_number_of_threads() {
+        let name = "model.embed_tokens.weight";
+        let on = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| values(7, SyntheticDType::F32, name))
+        };
+        let one = on(1);
+        assert!(one.len() > 2 * CHUNK_ELEMENTS);
+        assert_eq!(one, on(5));
+    }
+
+    #[test]
+    fn seeds_and_names_give_different_values() {
+        let name = "model.layers.0.mlp.gate_proj.weight";
+        let first = values(0, SyntheticDType::F32, name);
+        let same = |other: &[f32]| first.iter().zip(other).filter(|(a, b)| a == b).count();
+        assert!(same(&values(1, SyntheticDType::F32, name)) < 5);
+        assert!(same(&values(0, SyntheticDType::F32, "model.layers.0.mlp.up_proj.weight")) < 5);
+    }
+
+    #[test]
+    fn mean_and_deviation_are_as_documented_and_no_value_is_zero() {
+        let columns = |terms: f64| 1.0 / terms.sqrt();
+        let cases = [
+            ("model.embed_tokens.weight", 0.0, columns(64.0)),
+            ("model.layers.0.mlp.gate_proj.weight", 0.0, columns(64.0)),
+            ("model.layers.0.self_attn.o_proj.weight", 0.0, columns(64.0 * 4.0)),
+            ("model.layers.1.mlp.down_proj.weight", 0.0, columns(96.0 * 4.0)),
+        ];
+        for (name, mean, deviation) in cases {
+            for dtype in [SyntheticDType::F32, SyntheticDType::BF16] {
+                let values = values(3, dtype, name);
+                assert!(values.iter().all(|value| *value != 0.0), "{name}");
+                let count = values.len() as f64;
+                let found_mean = values.iter().map(|value| f64::from(*value)).sum::<f64>() / count;
+                let variance =
+                    values.iter().map(|value| (f64::from(*value) - found_mean).powi(2)).sum::<f64>() / count;
+                // Five standard errors: of a mean σ/√n, of a uniform's deviation 0.45 σ/√n.
+                let error = deviation / count.sqrt();
+                assert!((found_mean - mean).abs() < 5.0 * error, "{name}: mean {found_mean}");
+                assert!((variance.sqrt() - deviation).abs() < 2.5 * error, "{name}: {}", variance.sqrt());
+            }
+        }
+        for norm in values(3, SyntheticDType::F32, "model.norm.weight") {
+            assert!((0.9..1.1).contains(&norm));
+        }
+    }
+
+    #[test]
+    fn every_tensor_has_the_shape_and_bytes_of_its_role() {
+        let config = config();
+        let weights = Synthetic::new(config.clone(), 1).with_dtype(SyntheticDType::BF16);
+        let mut bytes = 0;
+        for spec in tensors(&config) {
+            let tensor = weights.tensor(&spec.name).unwrap();
+            assert_eq!((tensor.shape, tensor.role), (spec.shape, spec.role));
+            bytes += tensor.bytes.len() as u64;
+        }
+        assert_eq!(weights.info().stored_bytes, BTreeMap::from([("bf16".to_owned(), bytes)]));
+        assert!(weights.tensor("lm_head.weight").is_err(), "tied embeddings have no head of their own");
+    }
+}
