@@ -27,32 +27,27 @@ pub fn open(path: &Path) -> anyhow::Result<Box<dyn Weights>> {
     }
 }
 
+/// Safetensors come first, as they do for Hugging Face's own loader.
 fn open_folder(folder: &Path) -> anyhow::Result<Box<dyn Weights>> {
-    let whole = folder.join(WHOLE_FILE);
     let index = folder.join(INDEX_FILE);
-    let found = models_in(folder)?;
-    let ggufs: Vec<&PathBuf> = found.iter().filter(|path| extension(path) == Some("gguf")).collect();
-    let shards = found.len() - ggufs.len();
+    let whole = folder.join(WHOLE_FILE);
     if whole.exists() {
         return Ok(Box::new(SafetensorsModel::open_file(&whole)?));
     }
     if index.exists() {
         return Ok(Box::new(SafetensorsModel::open_index(&index)?));
     }
-    match (&ggufs[..], shards) {
-        ([gguf], 0) => Ok(Box::new(Gguf::open(gguf)?)),
-        ([], 0) => bail!(
+    match &models_in(folder)?[..] {
+        [one] => open(one),
+        [] => bail!(
             "{}: holds no model, expected {WHOLE_FILE}, {INDEX_FILE} or one .gguf file",
             folder.display()
         ),
-        ([], _) => bail!(
-            "{}: holds {shards} .safetensors files, expected {WHOLE_FILE} or {INDEX_FILE}",
-            folder.display()
-        ),
-        _ => bail!(
-            "{}: holds {} .gguf and {shards} .safetensors files, expected one model\nhint: name the file itself",
+        several => bail!(
+            "{}: holds {} model files, expected {WHOLE_FILE}, {INDEX_FILE} or one .gguf file\n\
+             hint: name one file instead of its folder",
             folder.display(),
-            ggufs.len()
+            several.len()
         ),
     }
 }
@@ -63,7 +58,7 @@ fn models_in(folder: &Path) -> anyhow::Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     for entry in folder.read_dir().with_context(unreadable)? {
         let path = entry.with_context(unreadable)?.path();
-        if matches!(extension(&path), Some("gguf" | "safetensors")) {
+        if matches!(extension(&path), Some("gguf" | "safetensors")) && path.is_file() {
             found.push(path);
         }
     }
