@@ -2,12 +2,24 @@
 //! `[out_features, in_features]`, rotary pairs half a head apart. Knows no device. The path:
 //! `fetch` finds the files → `gguf`/`safetensors`/`synthetic` open them → [`Weights`] hands out tensors.
 
+mod catalog;
 pub mod dtype;
+mod finite;
+pub mod gguf;
+mod hash;
+pub mod hf_config;
+mod mapped;
+mod open;
+pub mod safetensors;
+pub mod synthetic;
 
 use std::borrow::Cow;
 
 use crate::arch::{Config, TensorRole};
 pub use dtype::StoredDType;
+pub use finite::first_non_finite;
+pub use hash::{sha256_file, sha256_files};
+pub use open::open;
 
 /// One tensor as it is stored, borrowed from a memory map or owned when it had to be made or reordered.
 #[derive(Clone, Debug)]
