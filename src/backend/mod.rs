@@ -3,8 +3,14 @@
 //! scalar Rust, the definition of right), `Cpu` (candle's matrix products) and `Cuda` (our kernels).
 
 mod batch;
+pub mod cpu;
+mod reference;
+pub mod sampling;
+mod stack;
 
 pub use batch::{Batch, Sampling, TokenInput};
+pub use cpu::{Cpu, CpuDType};
+pub use reference::Reference;
 
 use crate::weights::HostTensor;
 
@@ -35,6 +41,11 @@ impl Shape {
     /// Width of all key (or value) heads together.
     pub fn kv_size(&self) -> usize {
         self.num_kv_heads * self.head_dim
+    }
+
+    /// Bytes of one page of keys and values over all layers, at `element_bytes` per value.
+    pub fn page_bytes(&self, element_bytes: usize) -> u64 {
+        (2 * self.num_layers * PAGE_SIZE * self.kv_size() * element_bytes) as u64
     }
 }
 
@@ -120,11 +131,11 @@ pub struct StepKey {
 /// tokens hold nothing and are never read.
 pub trait Backend {
     /// A weight on the device. Cheap to clone: clones share memory (a tied head is a clone of the embedding).
-    type Weight: Clone;
+    type Weight: Clone + Send + Sync;
     /// Activations on the device.
-    type Buf;
+    type Buf: Send;
     /// Keys and values of all layers, in pages of [`PAGE_SIZE`] tokens.
-    type Kv;
+    type Kv: Send;
 
     /// Steps whose tokens may still be on their way when the next step is queued: 0 where [`Backend::sampled`] has
     /// nothing to wait for.
@@ -211,11 +222,12 @@ pub trait Backend {
         logits: &mut Self::Buf,
     ) -> anyhow::Result<()>;
 
-    /// Runs `body`, which queues one whole step. A backend may capture it under `key` and replay it later.
+    /// Runs `body`, which queues one whole step. A backend may capture it under `key` and replay it later, or run it
+    /// on a thread of its own.
     fn step(
         &mut self,
         key: StepKey,
-        body: &mut dyn FnMut(&mut Self) -> anyhow::Result<()>,
+        body: &mut (dyn FnMut(&mut Self) -> anyhow::Result<()> + Send),
     ) -> anyhow::Result<()> {
         let _ = key;
         body(self)
