@@ -3,6 +3,10 @@
 //! `fetch` finds the files → `gguf`/`safetensors`/`synthetic` open them → [`Weights`] hands out tensors.
 
 pub mod dtype;
+pub mod fetch;
+pub mod registry;
+pub mod tokenizer;
+pub mod vocab;
 
 use std::borrow::Cow;
 
