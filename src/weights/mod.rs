@@ -4,14 +4,18 @@
 
 mod catalog;
 pub mod dtype;
+pub mod fetch;
 mod finite;
 pub mod gguf;
 mod hash;
 pub mod hf_config;
 mod mapped;
 mod open;
+pub mod registry;
 pub mod safetensors;
 pub mod synthetic;
+pub mod tokenizer;
+pub mod vocab;
 
 use std::borrow::Cow;
 
