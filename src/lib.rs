@@ -18,6 +18,10 @@
 pub mod arch;
 pub mod backend;
 pub mod clock;
+pub mod cmd;
 pub mod engine;
+pub mod machine;
 pub mod model;
+pub mod record;
+pub mod units;
 pub mod weights;
