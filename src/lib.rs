@@ -19,7 +19,7 @@ pub mod analysis;
 pub mod arch;
 pub mod backend;
 pub mod clock;
-//pub mod cmd;
+pub mod cmd;
 pub mod engine;
 pub mod machine;
 pub mod model;

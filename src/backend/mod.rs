@@ -4,6 +4,7 @@
 
 mod batch;
 pub mod cpu;
+pub mod cuda;
 mod reference;
 pub mod sampling;
 mod stack;

@@ -1,8 +1,8 @@
 //! One file per verb: its arguments, its help and its `run`. Results go to stdout, everything else to stderr; the exit
 //! code and the printing of errors are decided in [`execute`] alone.
 
-mod check;
-mod doctor;
+//mod check;
+//mod doctor;
 mod models;
 mod progress;
 mod report;
@@ -41,8 +41,8 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Verb {
     Run(run::Args),
-    Check(check::Args),
-    Doctor(doctor::Args),
+    //Check(check::Args),
+    //Doctor(doctor::Args),
     Models(models::Args),
     Validate(validate::Args),
     Report(report::Args),
@@ -89,8 +89,8 @@ pub fn execute() -> u8 {
     };
     let result = match cli.verb {
         Verb::Run(args) => run::run(args),
-        Verb::Check(args) => check::run(args),
-        Verb::Doctor(args) => doctor::run(args),
+        //Verb::Check(args) => check::run(args),
+        //Verb::Doctor(args) => doctor::run(args),
         Verb::Models(args) => models::run(args),
         Verb::Validate(args) => validate::run(args),
         Verb::Report(args) => report::run(args),

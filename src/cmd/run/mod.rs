@@ -9,6 +9,8 @@ mod start;
 mod view;
 
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use clap::ValueEnum;
 
@@ -153,8 +155,8 @@ pub fn run(args: Args) -> anyhow::Result<u8> {
         return Ok(0);
     }
     let stop = interrupt::on_signal()?;
-    let view = View::new();
-    let mut started = start::start(&choices, stop, &view)?;
+    let view = View::new(Arc::clone(&stop));
+    let mut started = start::start(&choices, &stop, &view)?;
     let clock = started.clock.clone();
     let out = args.out.unwrap_or_else(|| {
         let device = choices.device.replace(':', "");
@@ -162,7 +164,7 @@ pub fn run(args: Args) -> anyhow::Result<u8> {
     });
     let mut record = record::open(&choices, &started);
     let store = Store::create(out, &record)?;
-    measure_all(&choices, &mut started, &mut record, &store, &view, stop)?;
+    measure_all(&choices, &mut started, &mut record, &store, &view, &stop)?;
     view.finish();
     print(&rendered(&record, args.format)?)?;
     remark(&format!("record: {}", store.path().display()));
@@ -176,7 +178,7 @@ fn measure_all(
     record: &mut Record,
     store: &Store,
     view: &View,
-    stop: &'static std::sync::atomic::AtomicBool,
+    stop: &AtomicBool,
 ) -> anyhow::Result<()> {
     for (index, workload) in choices.cells.iter().enumerate() {
         let mut on_run = |run, runs| view.run_begins(choices, index, run, runs);

@@ -9,7 +9,7 @@ use crate::cmd::{bad_file, remark, usage};
 use crate::record::{FileRecord, Maybe, WeightsRecord, WeightsSource};
 use crate::weights::fetch::{self, Fetcher};
 use crate::weights::synthetic::Synthetic;
-use crate::weights::{Weights, hash, open, registry};
+use crate::weights::{Weights, open, registry, sha256_file};
 
 /// Seed of the weights that stand in for a default model that cannot be fetched.
 const FALLBACK_SEED: u64 = 0;
@@ -53,7 +53,7 @@ fn locate(choices: &Choices, view: &View) -> anyhow::Result<PathBuf> {
 }
 
 fn checkpoint(choices: &Choices, path: &Path, view: &View) -> anyhow::Result<Opened> {
-    let weights = open::open(path).map_err(bad_file)?;
+    let weights = open(path).map_err(bad_file)?;
     let info = weights.info();
     let files = info
         .files
@@ -73,8 +73,9 @@ fn checkpoint(choices: &Choices, path: &Path, view: &View) -> anyhow::Result<Ope
 fn file_record(path: &Path, view: &View) -> anyhow::Result<FileRecord> {
     let size_bytes = std::fs::metadata(path)?.len();
     let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
-    let mut bar = view.bytes(&format!("hashing {name}"), size_bytes);
-    let sha256 = hash::sha256_file(path, &mut |bytes| bar.add(bytes))?;
+    let bar = view.bytes(&format!("hashing {name}"), size_bytes);
+    let sha256 = sha256_file(path, &mut |bytes| bar.inc(bytes))?;
+    bar.finish_and_clear();
     Ok(FileRecord { name, size_bytes, sha256: Maybe::Value(sha256) })
 }
 
@@ -93,7 +94,7 @@ fn synthetic(name: String, config: Config, seed: u64) -> Opened {
 pub(super) fn config_of(choices: &Choices) -> anyhow::Result<Config> {
     let path = Path::new(&choices.model);
     if path.exists() {
-        return Ok(open::open(path).map_err(bad_file)?.config().clone());
+        return Ok(open(path).map_err(bad_file)?.config().clone());
     }
     Ok(registry::find(&choices.model).map_err(usage)?.config)
 }

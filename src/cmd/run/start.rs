@@ -59,7 +59,7 @@ fn start_fake(choices: &Choices, script: &FakeScript) -> anyhow::Result<Started>
 }
 
 fn start_cpu(choices: &Choices, stop: &AtomicBool, view: &View) -> anyhow::Result<Started> {
-    cpu::set_threads(choices.threads.unwrap_or_else(cpu::default_threads))?;
+    cpu::set_threads(choices.threads.unwrap_or_else(default_threads))?;
     let clock = Clock::monotonic();
     let Opened { name, weights, record } = model::open_model(choices, view)?;
     let begin_ns = clock.now_ns();
@@ -70,8 +70,9 @@ fn start_cpu(choices: &Choices, stop: &AtomicBool, view: &View) -> anyhow::Resul
     };
     let mut backend = Cpu::new(shape_of(&config), dtype);
     let limits = limits(choices, &config, Some(backend.page_bytes()))?;
-    let mut bar = view.bytes("loading weights", record.stored_bytes.values().sum());
-    let model = Model::load(&mut backend, weights.as_ref(), &mut |bytes| bar.add(bytes)).map_err(bad_file)?;
+    let bar = view.bytes("loading weights", record.stored_bytes.values().sum());
+    let model = Model::load(&mut backend, weights.as_ref(), &mut |bytes| bar.inc(bytes)).map_err(bad_file)?;
+    bar.finish_and_clear();
     drop(weights);
     if stop.load(Ordering::Relaxed) {
         return Err(Interrupted.into());
@@ -104,7 +105,7 @@ fn limits(choices: &Choices, config: &Config, page_bytes: Option<u64>) -> anyhow
         limits.pages = pages_for(memory_bytes, page_bytes).map_err(|error| usage(format!("--kv-memory: {error}")))?;
         for cell in choices.cells.iter().filter(|cell| cell.static_batch().is_some()) {
             let (prompt, output) = cell.lengths();
-            check_batch_fits(limits.pages, sequences(cell), (prompt + output) as usize, page_bytes)
+            check_batch_fits(limits.pages, page_bytes, sequences(cell), (prompt + output) as usize)
                 .map_err(|error| usage(format!("cell {}: --kv-memory: {error}", cell.key())))?;
         }
     }
@@ -117,4 +118,9 @@ fn sequences(cell: &Workload) -> usize {
         Workload::ServeOpen { .. } => OPEN_LOOP_BATCH,
         _ => cell.static_batch().unwrap_or(1) as usize,
     }
+}
+
+/// The cores that this process may use.
+fn default_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get)
 }

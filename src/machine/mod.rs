@@ -1,0 +1,68 @@
+//! What the machine is and how busy it is: fills [`crate::record::machine`] from `/proc`, `/sys`, a few files of the
+//! distribution and the CUDA driver library. Decides nothing; a value that cannot be read is recorded with a reason.
+//!
+//! Reason codes: `not_found`, `permission`, `unreadable` (another I/O error), `empty`, `malformed`, `unlimited` (no
+//! limit is set), and those that single collectors name.
+
+mod cpu;
+mod cpu_check;
+pub(crate) mod files;
+mod gpu;
+mod host;
+mod interference;
+mod limits;
+mod memory;
+mod share;
+mod software;
+#[cfg(test)]
+mod tests;
+
+pub use cpu_check::unsupported_cpu;
+pub use interference::{observe, warning};
+pub use share::CpuSnapshot;
+
+use std::path::{Path, PathBuf};
+
+use crate::backend::cuda::library;
+use crate::record::machine::Machine;
+
+/// Where the files that describe the machine are; tests point it at a tree of their own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Roots {
+    /// `/`
+    pub root: PathBuf,
+    /// `/proc`
+    pub proc: PathBuf,
+    /// `/sys`
+    pub sys: PathBuf,
+}
+
+impl Roots {
+    /// The tree below `root`, with `proc` and `sys` in their usual places.
+    pub fn under(root: impl AsRef<Path>) -> Self {
+        let root = root.as_ref();
+        Roots { root: root.to_path_buf(), proc: root.join("proc"), sys: root.join("sys") }
+    }
+}
+
+impl Default for Roots {
+    fn default() -> Self {
+        Roots::under("/")
+    }
+}
+
+/// Describes the machine and this program. Hashes the executable and asks the CUDA driver for its devices, without
+/// opening one; everything else is a few hundred small files.
+pub fn capture(roots: &Roots) -> Machine {
+    Machine {
+        host: host::collect(roots),
+        cpu: cpu::collect(roots),
+        memory: memory::collect(roots),
+        limits: limits::collect(roots),
+        load: host::load(roots),
+        software: software::collect(roots),
+        env: software::environment(|name| std::env::var_os(name)),
+        gpu_driver: gpu::driver(roots, &library::driver_version()),
+        gpus: gpu::devices(library::devices().unwrap_or_default()),
+    }
+}
