@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Component, Path, PathBuf};
 
 use ::safetensors::{Dtype, SafeTensors};
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, anyhow, bail};
 use serde::Deserialize;
 
 use super::catalog::{Catalog, Stored};
@@ -18,9 +18,10 @@ pub(super) const WHOLE_FILE: &str = "model.safetensors";
 pub(super) const INDEX_FILE: &str = "model.safetensors.index.json";
 
 const CONFIG_FILE: &str = "config.json";
-/// The format's own limit, and far more than any model's header.
-const MAX_HEADER_BYTES: u64 = 100_000_000;
-const MAX_INDEX_BYTES: u64 = 100_000_000;
+/// A hundred times the header of a large model. Parsed JSON can take over twenty times its text, and a broken file must not
+/// take the machine's memory, so this is below the format's own limit of 100 MB.
+const MAX_HEADER_BYTES: u64 = 32 << 20;
+const MAX_INDEX_BYTES: u64 = 32 << 20;
 const MAX_SHARDS: usize = 4096;
 
 /// An opened model in one or more safetensors files.
@@ -153,7 +154,8 @@ fn read_header(bytes: &[u8], file: usize) -> anyhow::Result<Vec<(String, Found)>
     if header_bytes > limit {
         bail!("announces a header of {header_bytes} bytes, expected at most {limit}");
     }
-    let (_, metadata) = SafeTensors::read_metadata(bytes).context("has no valid safetensors header")?;
+    let (_, metadata) = SafeTensors::read_metadata(bytes)
+        .map_err(|error| anyhow!("has no valid safetensors header: {}", one_line(&error)))?;
     let data_start = 8 + header_bytes as usize;
     let found = metadata.tensors().into_iter().map(|(name, info)| {
         let (start, end) = info.data_offsets;
@@ -165,7 +167,14 @@ fn read_header(bytes: &[u8], file: usize) -> anyhow::Result<Vec<(String, Found)>
 
 fn read_index(path: &Path) -> anyhow::Result<Index> {
     let text = read_text(path, MAX_INDEX_BYTES)?;
-    serde_json::from_str(&text).with_context(|| format!("{}: is not a safetensors index", path.display()))
+    serde_json::from_str(&text)
+        .map_err(|error| anyhow!("{}: is not a safetensors index: {}", path.display(), one_line(&error)))
+}
+
+/// A parser's message, which may quote the file at any length, as a part of one sentence.
+fn one_line(error: &dyn std::fmt::Display) -> String {
+    const MAX_CHARS: usize = 200;
+    error.to_string().chars().take(MAX_CHARS).map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
 /// The shards' paths: plain file names in the index's own folder, and nothing else.

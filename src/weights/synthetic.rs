@@ -21,7 +21,7 @@
 //! | norm | 1 | 0.1 | 0.058 |
 //! | bias | 0 | 0.1 | 0.058 |
 //! | embedding, linear | 0 | f32(√(3 / columns)) in f64 | 1 / √columns: a product keeps the rms of its input |
-//! | `o_proj`, `down_proj` | 0 | f32(√(3 / (columns · 2 · layers))) in f64 | the residual stream stays near 1 at any depth |
+//! | `o_proj`, `down_proj` | 0 | f32(√(3 / (columns · 2 · layers))) in f64 | the residual stream keeps an rms below 1 at any depth |
 //!
 //! Stored as bf16, a value is rounded once more, to nearest even.
 

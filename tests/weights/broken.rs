@@ -7,8 +7,8 @@ use tempfile::tempdir;
 use tokmeter::weights::gguf::Gguf;
 use tokmeter::weights::open;
 
-use crate::files::{GgufFile, GgufTensor, Meta, Tensor, array, safetensors, with_header};
-use crate::tiny::{Tiny, VOCAB};
+use crate::files::{GGUF_F32, GgufFile, GgufTensor, Meta, Tensor, array, safetensors, with_header};
+use crate::tiny::{Tiny, VOCAB, f32_bytes};
 
 /// `error` is one sentence (and perhaps a hint) that names `file` and contains `expected`.
 fn assert_sentence(error: &anyhow::Error, file: &str, expected: &str) {
@@ -28,9 +28,10 @@ fn refusal(path: &Path) -> anyhow::Error {
     }
 }
 
+/// What is to be said, and what spoils the file.
 type GgufCase = (&'static str, fn(&mut GgufFile));
 
-const GGUF_CASES: [GgufCase; 42] = [
+const GGUF_CASES: [GgufCase; 44] = [
     ("begins with \"GGML\"", |file| file.magic = *b"GGML"),
     ("version 1, expected 2 or 3", |file| file.version = 1),
     ("version 4, expected 2 or 3", |file| file.version = 4),
@@ -102,6 +103,8 @@ const GGUF_CASES: [GgufCase; 42] = [
             GgufTensor { name: b"blk.0.attn_q.bias".to_vec(), ne: vec![64], ..file.tensors[1].clone() };
         file.tensors.push(bias);
     }),
+    ("tensor rope_freqs.weight has shape [7], expected [8]", |file| file.tensors.push(rope_freqs(&[1.0; 7]))),
+    ("rope scaling factor is NaN", |file| file.tensors.push(rope_freqs(&[f32::NAN; 8]))),
     ("the vocabulary does not match: llama.vocab_size is 41", |file| {
         file.set("llama.vocab_size", Meta::U32(VOCAB as u32 + 1));
     }),
@@ -119,6 +122,16 @@ const GGUF_CASES: [GgufCase; 42] = [
     ("general.type is \"adapter\"", |file| file.set("general.type", Meta::Text("adapter"))),
     ("one of 3 parts", |file| file.set("split.count", Meta::U32(3))),
 ];
+
+fn rope_freqs(factors: &[f32]) -> GgufTensor {
+    GgufTensor {
+        name: b"rope_freqs.weight".to_vec(),
+        ne: vec![factors.len() as u64],
+        kind: GGUF_F32,
+        data: f32_bytes(factors),
+        offset: None,
+    }
+}
 
 /// Model keys that are missing, wrong or not supported.
 const KEY_CASES: [(&str, Option<Meta>, &str); 20] = [
@@ -250,6 +263,7 @@ fn broken_safetensors_are_refused_by_name() {
         ("no valid safetensors header", with_header(&[0xff, 0xfe], data)),
         ("no valid safetensors header", with_header("[".repeat(100_000).as_bytes(), data)),
         ("no valid safetensors header", edited(&|json| json[norm]["dtype"] = json!("F99"))),
+        ("no valid safetensors header", edited(&|json| json[norm]["dtype"] = json!("F\n".repeat(5000)))),
         (
             "no valid safetensors header",
             edited(&|json| json[norm]["shape"] = json!([1u64 << 60, 1u64 << 60])),
@@ -328,6 +342,9 @@ fn sharded(folder: &Path, change: impl Fn(&mut Value)) -> PathBuf {
     path
 }
 
+/// The file to be named, what is to be said, and what spoils the index.
+type IndexCase = (&'static str, &'static str, fn(&mut Value));
+
 #[test]
 fn an_index_that_lies_or_points_outside_its_folder_is_refused() {
     const NORM: &str = "model.norm.weight";
@@ -340,8 +357,9 @@ fn an_index_that_lies_or_points_outside_its_folder_is_refused() {
         sharded(folder.path(), |index| index["weight_map"][NORM] = outside.into());
         assert_sentence(&refusal(folder.path()), "index.json", "expected a plain name in its own folder");
     }
-    let cases: [(&str, &str, fn(&mut Value)); 6] = [
+    let cases: [IndexCase; 7] = [
         ("index.json", "is not a safetensors index", |index| *index = json!([])),
+        ("index.json", "is not a safetensors index", |index| index["weight_map"] = json!("x".repeat(5000))),
         ("index.json", "lists 0 files", |index| index["weight_map"] = json!({})),
         ("c.safetensors", "cannot be opened", |index| index["weight_map"][NORM] = "c.safetensors".into()),
         ("b.safetensors", "occurs in", |index| index["weight_map"][NORM] = "b.safetensors".into()),

@@ -39,7 +39,10 @@ pub(super) fn config(header: &Header<'_>) -> anyhow::Result<Config> {
         rms_norm_eps: keys
             .float("attention.layer_norm_rms_epsilon")?
             .with_context(|| format!("{} is missing", keys.name("attention.layer_norm_rms_epsilon")))?,
-        rope: Rope { theta: keys.float("rope.freq_base")?.unwrap_or(10_000.0), scaling: keys.scaling()? },
+        rope: Rope {
+            theta: keys.float("rope.freq_base")?.unwrap_or(10_000.0),
+            scaling: keys.scaling(head_dim)?,
+        },
         tie_word_embeddings: !header.tensors.contains_key(names::OUTPUT),
     };
     config.check()?;
@@ -168,7 +171,7 @@ impl<'h, 'a> Keys<'h, 'a> {
         }
     }
 
-    fn scaling(&self) -> anyhow::Result<RopeScaling> {
+    fn scaling(&self, head_dim: usize) -> anyhow::Result<RopeScaling> {
         let kind = self.header.text(&self.name("rope.scaling.type"))?;
         let factor = match self.float("rope.scaling.factor")? {
             Some(factor) => Some(factor),
@@ -184,7 +187,7 @@ impl<'h, 'a> Keys<'h, 'a> {
                 other.escape_debug()
             ),
         };
-        match (linear, self.factors()?) {
+        match (linear, self.factors(head_dim)?) {
             (None, None) => Ok(RopeScaling::None),
             (Some(factor), None) => Ok(RopeScaling::Linear { factor }),
             (None, Some(factors)) => Ok(RopeScaling::Factors { factors }),
@@ -196,12 +199,13 @@ impl<'h, 'a> Keys<'h, 'a> {
         }
     }
 
-    fn factors(&self) -> anyhow::Result<Option<Vec<f32>>> {
+    fn factors(&self, head_dim: usize) -> anyhow::Result<Option<Vec<f32>>> {
         let Some(info) = self.header.tensors.get(names::ROPE_FREQS) else { return Ok(None) };
-        let [elements] = info.shape[..] else {
-            bail!("tensor {} has shape {:?}, expected one dimension", names::ROPE_FREQS, info.shape);
-        };
+        let expected = [head_dim / 2];
+        if info.shape != expected {
+            bail!("tensor {} has shape {:?}, expected {expected:?}", names::ROPE_FREQS, info.shape);
+        }
         let bytes = &self.header.bytes[info.range.clone()];
-        dtype::to_f32(info.dtype, bytes, elements).map(Some)
+        dtype::to_f32(info.dtype, bytes, expected[0]).map(Some)
     }
 }

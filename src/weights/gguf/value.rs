@@ -7,6 +7,9 @@ use super::cursor::Cursor;
 /// Arrays inside arrays, at most; real files have none.
 const MAX_DEPTH: usize = 4;
 
+/// Strings that are decoded from one array, at most: the largest vocabulary a configuration may have.
+const MAX_STRINGS: usize = 1 << 24;
+
 /// A value's type as the file numbers it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
@@ -154,6 +157,9 @@ impl<'a> Array<'a> {
     pub(super) fn strings(&self) -> anyhow::Result<Vec<String>> {
         if self.kind != Kind::String {
             bail!("is an array of {:?}, expected one of strings", self.kind);
+        }
+        if self.len > MAX_STRINGS {
+            bail!("has {} strings, expected at most {MAX_STRINGS}", self.len);
         }
         let mut cursor = Cursor::new(self.bytes);
         (0..self.len)
