@@ -18,6 +18,7 @@
 pub mod arch;
 pub mod backend;
 pub mod clock;
+pub mod cmd;
 pub mod engine;
 pub mod model;
 pub mod weights;

