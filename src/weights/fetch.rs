@@ -112,7 +112,13 @@ impl Fetcher {
     /// When no cache folder can be named.
     pub fn from_env(offline: bool, progress: Box<dyn Progress>) -> anyhow::Result<Self> {
         let cache = cache::folder(|name| std::env::var_os(name))?;
-        Ok(Self { cache, offline, environment: Environment::from_env(), patience: Patience::default(), progress })
+        Ok(Self {
+            cache,
+            offline,
+            environment: Environment::from_env(),
+            patience: Patience::default(),
+            progress,
+        })
     }
 
     /// The checkpoint on this machine: its one weight file, or the folder that holds its several files.

@@ -100,7 +100,11 @@ impl KnownModel {
     fn check(&self) -> anyhow::Result<()> {
         self.config.check()?;
         let counted = arch::parameters(&self.config);
-        ensure!(counted == self.parameters, "parameters is {}, expected {counted} from config", self.parameters);
+        ensure!(
+            counted == self.parameters,
+            "parameters is {}, expected {counted} from config",
+            self.parameters
+        );
         ensure!(is_plain_path(&self.name) && !self.name.contains('/'), "name is {:?}", self.name);
         ensure!(!self.sources.is_empty(), "no [[source]]");
         for file in self.sources.iter().flat_map(Source::files) {
@@ -150,8 +154,11 @@ fn near_names<'m>(models: &'m [KnownModel], name: &str) -> Vec<&'m str> {
     let likeness = |model: &KnownModel| {
         model.names().map(|own| strsim::jaro_winkler(&own.to_ascii_lowercase(), &name)).fold(0.0, f64::max)
     };
-    let mut near: Vec<(f64, &str)> =
-        models.iter().map(|model| (likeness(model), model.name.as_str())).filter(|(how, _)| *how >= NEAR).collect();
+    let mut near: Vec<(f64, &str)> = models
+        .iter()
+        .map(|model| (likeness(model), model.name.as_str()))
+        .filter(|(how, _)| *how >= NEAR)
+        .collect();
     near.sort_by(|a, b| b.0.total_cmp(&a.0));
     near.into_iter().take(3).map(|(_, own)| own).collect()
 }

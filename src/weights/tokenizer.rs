@@ -9,7 +9,7 @@ use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
 use anyhow::{Context as _, anyhow, bail, ensure};
-use tokenizers::models::bpe::BPE;
+use tokenizers::models::bpe::{BPE, Vocab};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{AddedToken, DecoderWrapper};
 
@@ -52,7 +52,10 @@ impl Tokenizer {
         let merges = merges(vocab, &ids)?;
         let bos = bos(vocab, pre)?;
         let bpe = BPE::builder()
-            .vocab_and_merges(ids.into_iter().map(|(token, id)| (token.to_owned(), id)).collect::<HashMap<_, _>>(), merges)
+            .vocab_and_merges(
+                ids.into_iter().map(|(token, id)| (token.to_owned(), id)).collect::<Vocab>(),
+                merges,
+            )
             .ignore_merges(pre.ignores_merges())
             .build()
             .map_err(|error| anyhow!("tokenizer.ggml.merges: {error}"))?;
@@ -69,7 +72,8 @@ impl Tokenizer {
     /// # Errors
     /// When the tokenizer has no id for a part of the text and says that this is an error.
     pub fn encode(&self, text: &str, add_special: bool) -> anyhow::Result<Vec<u32>> {
-        let encoding = self.inner.encode_fast(text, add_special).map_err(|error| anyhow!("tokenising: {error}"))?;
+        let encoding =
+            self.inner.encode_fast(text, add_special).map_err(|error| anyhow!("tokenising: {error}"))?;
         let bos = self.bos.filter(|_| add_special);
         Ok(bos.into_iter().chain(encoding.get_ids().iter().copied()).collect())
     }
@@ -95,9 +99,13 @@ fn check_kind(vocab: &GgufVocab) -> anyhow::Result<Pre> {
         "tokenizer.ggml.model is {:?}, expected \"gpt2\" (byte-level BPE), the only kind that is read from a GGUF file",
         vocab.model
     );
-    let name = vocab.pre.as_deref().context("tokenizer.ggml.pre is missing, so how to cut a text is unknown")?;
+    let name =
+        vocab.pre.as_deref().context("tokenizer.ggml.pre is missing, so how to cut a text is unknown")?;
     let count = vocab.tokens.len();
-    ensure!((1..=MOST_TOKENS).contains(&count), "tokenizer.ggml.tokens has {count} tokens, expected 1 to {MOST_TOKENS}");
+    ensure!(
+        (1..=MOST_TOKENS).contains(&count),
+        "tokenizer.ggml.tokens has {count} tokens, expected 1 to {MOST_TOKENS}"
+    );
     ensure!(
         vocab.token_types.len() == count,
         "tokenizer.ggml.token_type has {} entries, expected one for each of {count} tokens",
@@ -129,10 +137,14 @@ fn merges(vocab: &GgufVocab, ids: &HashMap<&str, u32>) -> anyhow::Result<Vec<(St
     let mut seen = HashSet::with_capacity(vocab.merges.len());
     let mut pairs = Vec::with_capacity(vocab.merges.len());
     for (rank, merge) in vocab.merges.iter().enumerate() {
-        let (left, right) = split_merge(merge)
-            .with_context(|| format!("tokenizer.ggml.merges: merge {rank} is {merge:?}, expected two tokens"))?;
+        let (left, right) = split_merge(merge).with_context(|| {
+            format!("tokenizer.ggml.merges: merge {rank} is {merge:?}, expected two tokens")
+        })?;
         for token in [left, right, &format!("{left}{right}")] {
-            ensure!(ids.contains_key(token), "tokenizer.ggml.merges: merge {rank} names {token:?}, which is no token");
+            ensure!(
+                ids.contains_key(token),
+                "tokenizer.ggml.merges: merge {rank} names {token:?}, which is no token"
+            );
         }
         if seen.insert(merge) {
             pairs.push((left.to_owned(), right.to_owned()));
@@ -153,13 +165,17 @@ fn bos(vocab: &GgufVocab, pre: Pre) -> anyhow::Result<Option<u32>> {
     if !vocab.add_bos_token.unwrap_or(pre.adds_bos()) {
         return Ok(None);
     }
-    vocab.bos_token_id.map(Some).context("tokenizer.ggml.add_bos_token asks for a BOS, but there is no bos_token_id")
+    vocab
+        .bos_token_id
+        .map(Some)
+        .context("a BOS comes before every text, but tokenizer.ggml.bos_token_id is missing")
 }
 
 fn add_special_tokens(inner: &mut tokenizers::Tokenizer, vocab: &GgufVocab) -> anyhow::Result<()> {
     let found_as_written = |kind: i32| [UNKNOWN, CONTROL, USER_DEFINED].contains(&kind);
     let added = vocab.tokens.iter().zip(&vocab.token_types).filter(|(_, kind)| found_as_written(**kind));
-    let added = added.map(|(token, kind)| AddedToken::from(token.as_str(), *kind != USER_DEFINED).normalized(false));
+    let added =
+        added.map(|(token, kind)| AddedToken::from(token.as_str(), *kind != USER_DEFINED).normalized(false));
     inner.add_tokens(added).map(drop).map_err(|error| anyhow!("tokenizer.ggml.tokens: {error}"))
 }
 
@@ -193,9 +209,11 @@ mod tests {
     #[test]
     fn any_text_comes_back_from_its_ids() {
         for pre in ["smollm", "llama-bpe", "qwen2", "gpt-2"] {
-            let tokenizer = Tokenizer::from_gguf(&vocab(pre, &["he", "Ġhe"], &["h e", "Ġ he"])).unwrap();
-            for text in ["", "he said", " he  he\n\n", "naïve 日本 🚀", "12345 <|end|><user>x", "\0\u{7f}"] {
-                let ids = tokenizer.encode(text, true).unwrap();
+            let vocab = GgufVocab { bos_token_id: Some(0), ..vocab(pre, &["he", "Ġhe"], &["h e", "Ġ he"]) };
+            let tokenizer = Tokenizer::from_gguf(&vocab).unwrap();
+            for text in ["", "he said", " he  he\n\n", "naïve 日本 🚀", "12345 <|end|><user>x", "\0\u{7f}"]
+            {
+                let ids = tokenizer.encode(text, false).unwrap();
                 assert_eq!(tokenizer.decode(&ids).unwrap(), text, "{pre} {text:?}");
             }
         }
@@ -213,7 +231,9 @@ mod tests {
 
     #[test]
     fn llama3_takes_a_whole_word_from_the_vocabulary_without_merges() {
-        let ids = |pre| Tokenizer::from_gguf(&vocab(pre, &["abc"], &[])).unwrap().encode("abc", false).unwrap().len();
+        let ids = |pre| {
+            Tokenizer::from_gguf(&vocab(pre, &["abc"], &[])).unwrap().encode("abc", false).unwrap().len()
+        };
         let with_bos = GgufVocab { bos_token_id: Some(0), ..vocab("llama-bpe", &["abc"], &[]) };
         assert_eq!(Tokenizer::from_gguf(&with_bos).unwrap().encode("abc", false).unwrap(), [256]);
         assert_eq!(ids("qwen2"), 3);
@@ -236,10 +256,14 @@ mod tests {
         assert_eq!(first(with(Some(true), "gpt-2"), true), Some(7));
         assert_eq!(first(with(Some(true), "gpt-2"), false), None);
         assert_eq!(first(with(Some(false), "llama-bpe"), true), None);
-        assert_eq!(first(with(None, "llama-bpe"), true), Some(7), "llama 3 has a BOS unless the file denies it");
+        assert_eq!(
+            first(with(None, "llama-bpe"), true),
+            Some(7),
+            "llama 3 has a BOS unless the file denies it"
+        );
         assert_eq!(first(with(None, "smollm"), true), None);
         let none = GgufVocab { add_bos_token: Some(true), ..vocab("gpt-2", &[], &[]) };
-        assert!(refusal(&none).contains("no bos_token_id"));
+        assert!(refusal(&none).contains("bos_token_id is missing"));
     }
 
     #[test]
@@ -249,7 +273,9 @@ mod tests {
         let missing = GgufVocab { pre: None, ..vocab("gpt-2", &[], &[]) };
         assert!(refusal(&missing).starts_with("tokenizer.ggml.pre is missing"));
         for unknown in ["default", "tekken", ""] {
-            assert!(refusal(&vocab(unknown, &[], &[])).starts_with(&format!("tokenizer.ggml.pre is {unknown:?}")));
+            assert!(
+                refusal(&vocab(unknown, &[], &[])).starts_with(&format!("tokenizer.ggml.pre is {unknown:?}"))
+            );
         }
     }
 

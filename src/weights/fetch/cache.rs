@@ -31,7 +31,8 @@ pub(crate) fn folder(variable: impl Fn(&str) -> Option<OsString>) -> anyhow::Res
     if let Some(xdg) = path("XDG_CACHE_HOME").filter(|xdg| xdg.is_absolute()) {
         return Ok(xdg.join("tokmeter"));
     }
-    let home = path("HOME").context("no cache folder: HOME is not set\nhint: set TOKMETER_CACHE to a folder")?;
+    let home =
+        path("HOME").context("no cache folder: HOME is not set\nhint: set TOKMETER_CACHE to a folder")?;
     Ok(home.join(".cache/tokmeter"))
 }
 
@@ -98,7 +99,8 @@ pub(crate) fn presence(
     let modified_ns = modified_ns(&metadata);
     let note = read_note(path);
     let expected = wanted.sha256.clone().or(note.as_ref().map(|note| note.sha256.clone()));
-    if let Some(note) = note.filter(|note| !rehash && (note.bytes, note.modified_ns) == (bytes, modified_ns)) {
+    if let Some(note) = note.filter(|note| !rehash && (note.bytes, note.modified_ns) == (bytes, modified_ns))
+    {
         return Ok(judge(path, note.sha256, expected));
     }
     let sha256 = match File::open(path) {
@@ -151,7 +153,10 @@ impl Workspace {
     pub(crate) fn open(cache: &Path) -> anyhow::Result<Self> {
         let incoming = cache.join(INCOMING);
         fs::create_dir_all(&incoming).with_context(|| {
-            format!("cannot create {}\nhint: set TOKMETER_CACHE to a folder you may write to", incoming.display())
+            format!(
+                "cannot create {}\nhint: set TOKMETER_CACHE to a folder you may write to",
+                incoming.display()
+            )
         })?;
         sweep(&incoming);
         // Another process's sweep may take the folder in the moment before it is locked: then make a new one.
@@ -207,14 +212,21 @@ impl Incoming {
     }
 
     /// Takes everything `from` gives, but no more than `most_bytes`.
-    pub(crate) fn receive(&mut self, from: &mut dyn Read, most_bytes: u64, tick: Tick<'_>) -> anyhow::Result<()> {
+    pub(crate) fn receive(
+        &mut self,
+        from: &mut dyn Read,
+        most_bytes: u64,
+        tick: Tick<'_>,
+    ) -> anyhow::Result<()> {
         let mut piece = vec![0; PIECE_BYTES];
         loop {
             let read = match from.read(&mut piece) {
                 Ok(0) => return Ok(()),
                 Ok(read) => read,
                 Err(error) if error.kind() == ErrorKind::Interrupted => continue,
-                Err(error) => return Err(error).with_context(|| format!("broke off after {} bytes", self.bytes)),
+                Err(error) => {
+                    return Err(error).with_context(|| format!("broke off after {} bytes", self.bytes));
+                }
             };
             self.bytes += read as u64;
             ensure!(self.bytes <= most_bytes, "sends more than the {most_bytes} bytes it should have");

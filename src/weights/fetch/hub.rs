@@ -4,7 +4,7 @@
 use std::io::Read;
 use std::sync::Arc;
 
-use anyhow::{Context as _, bail, ensure};
+use anyhow::{bail, ensure};
 use ureq::http::{Response, StatusCode};
 use ureq::tls::{TlsConfig, TlsProvider};
 use ureq::{Agent, Body};
@@ -36,7 +36,10 @@ impl<'e> Hub<'e> {
             environment.hub_endpoint
         );
         // The TLS library would end the program.
-        ensure!(!secure || graviola::util::is_cpu_supported(), "this CPU lacks the instructions that our TLS needs");
+        ensure!(
+            !secure || graviola::util::is_cpu_supported(),
+            "this CPU lacks the instructions that our TLS needs"
+        );
         let tls = TlsConfig::builder()
             .provider(TlsProvider::Rustls)
             .unversioned_rustls_crypto_provider(Arc::new(rustls_graviola::default_provider()))
@@ -60,7 +63,12 @@ impl<'e> Hub<'e> {
     ///
     /// # Errors
     /// When the hub does not answer in time, refuses, or announces another file than the wanted one.
-    pub(crate) fn announce(&self, repo: &str, revision: &str, wanted: &RemoteFile) -> anyhow::Result<RemoteFile> {
+    pub(crate) fn announce(
+        &self,
+        repo: &str,
+        revision: &str,
+        wanted: &RemoteFile,
+    ) -> anyhow::Result<RemoteFile> {
         let mut request = self
             .agent
             .head(self.url(repo, revision, wanted))
@@ -74,7 +82,8 @@ impl<'e> Hub<'e> {
         let response = request.call().map_err(in_words)?;
         check_status(&response, repo)?;
         let header = |name| response.headers().get(name).and_then(|value| value.to_str().ok());
-        let sha256 = header("x-linked-etag").map(|tag| tag.trim_start_matches("W/").trim_matches('"').to_owned());
+        let sha256 =
+            header("x-linked-etag").map(|tag| tag.trim_start_matches("W/").trim_matches('"').to_owned());
         let bytes = header("x-linked-size").and_then(|size| size.parse().ok());
         Ok(RemoteFile {
             path: wanted.path.clone(),

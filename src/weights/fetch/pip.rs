@@ -50,8 +50,24 @@ impl Pip<'_> {
         let errors = out.try_clone().with_context(|| log.display().to_string())?;
         // Wheels only: a source package would run its own code. No cache: it would keep a second copy.
         let child = Command::new(self.python)
-            .args(["-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir", "--no-input"])
-            .args(["--timeout", "6", "--retries", "0", "--disable-pip-version-check", "--progress-bar", "off"])
+            .args([
+                "-m",
+                "pip",
+                "download",
+                "--no-deps",
+                "--only-binary=:all:",
+                "--no-cache-dir",
+                "--no-input",
+            ])
+            .args([
+                "--timeout",
+                "6",
+                "--retries",
+                "0",
+                "--disable-pip-version-check",
+                "--progress-bar",
+                "off",
+            ])
             .arg("--dest")
             .arg(temporary.join("wheels"))
             .arg(format!("{package}=={version}"))
@@ -157,7 +173,8 @@ fn reason(log: &Path, status: ExitStatus) -> String {
 
 fn only_wheel(folder: &Path) -> anyhow::Result<PathBuf> {
     let entries = fs::read_dir(folder).with_context(|| folder.display().to_string())?;
-    let mut wheels = entries.flatten().map(|entry| entry.path()).filter(|path| path.extension() == Some("whl".as_ref()));
+    let mut wheels =
+        entries.flatten().map(|entry| entry.path()).filter(|path| path.extension() == Some("whl".as_ref()));
     match (wheels.next(), wheels.next()) {
         (Some(wheel), None) => Ok(wheel),
         (None, _) => bail!("pip left no wheel"),
@@ -195,7 +212,11 @@ mod tests {
         let log = folder.path().join("log");
         let failed = ExitStatus::from_raw(256);
         assert_eq!(reason(&log, failed), "exit status: 1");
-        fs::write(&log, "Collecting x\nERROR: first\nERROR: No matching distribution found for x==1\n\nnote\n").unwrap();
+        fs::write(
+            &log,
+            "Collecting x\nERROR: first\nERROR: No matching distribution found for x==1\n\nnote\n",
+        )
+        .unwrap();
         assert_eq!(reason(&log, failed), "No matching distribution found for x==1");
         fs::write(&log, "/usr/bin/python3: No module named pip\n").unwrap();
         assert_eq!(reason(&log, failed), "/usr/bin/python3: No module named pip");

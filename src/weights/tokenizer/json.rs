@@ -70,7 +70,12 @@ pub(super) fn read(path: &Path) -> anyhow::Result<(tokenizers::Tokenizer, usize)
     let mut tokenizer: tokenizers::Tokenizer = text.parse().map_err(|error| anyhow!("{error}"))?;
     for added in &shape.added_tokens {
         let id = tokenizer.token_to_id(&added.content);
-        ensure!(id == Some(added.id), "added token {:?} gets id {id:?}, expected {}", added.content, added.id);
+        ensure!(
+            id == Some(added.id),
+            "added token {:?} gets id {id:?}, expected {}",
+            added.content,
+            added.id
+        );
     }
     tokenizer.with_truncation(None).map_err(|error| anyhow!("{error}"))?;
     tokenizer.with_padding(None);
@@ -88,7 +93,9 @@ impl Shape {
             ensure!(affix.is_empty(), "model marks parts of words with {affix:?}, expected none");
         }
         match merges {
-            Merges::Pairs(pairs) => pairs.iter().try_for_each(|(left, right)| check_merge(vocab, left, right))?,
+            Merges::Pairs(pairs) => {
+                pairs.iter().try_for_each(|(left, right)| check_merge(vocab, left, right))?
+            }
             Merges::Lines(lines) => {
                 // As the crate reads them, comment included.
                 for line in lines.iter().filter(|line| !line.starts_with("#version")) {
@@ -108,7 +115,10 @@ impl Shape {
         let added: HashSet<(&str, u32)> =
             self.added_tokens.iter().map(|added| (added.content.as_str(), added.id)).collect();
         for (token, id) in own.chain(added) {
-            ensure!((id as usize) < MOST_TOKENS, "token {token:?} has id {id}, expected less than {MOST_TOKENS}");
+            ensure!(
+                (id as usize) < MOST_TOKENS,
+                "token {token:?} has id {id}, expected less than {MOST_TOKENS}"
+            );
             ensure!(!token.is_empty(), "token {id} is empty");
             if let Some(other) = owner.insert(id, token).filter(|other| *other != token) {
                 bail!("id {id} belongs to both {other:?} and {token:?}");
@@ -165,7 +175,10 @@ mod tests {
         let mut value = good();
         change(&mut value);
         let message = format!("{:#}", load(&value).err().expect(expected));
-        assert!(message.contains(expected) && message.contains("tokenizer.json: "), "{message:?} lacks {expected:?}");
+        assert!(
+            message.contains(expected) && message.contains("tokenizer.json: "),
+            "{message:?} lacks {expected:?}"
+        );
     }
 
     #[test]
@@ -189,7 +202,9 @@ mod tests {
         refused("model.type is \"\"", |v| v["model"]["type"] = json!(null));
         refused("is no tokenizer.json", |v| v["model"] = json!([1]));
         refused("dropout is 0.5", |v| v["model"]["dropout"] = json!(0.5));
-        refused("marks parts of words with \"##\"", |v| v["model"]["continuing_subword_prefix"] = json!("##"));
+        refused("marks parts of words with \"##\"", |v| {
+            v["model"]["continuing_subword_prefix"] = json!("##")
+        });
         refused("names \"ba\", which is no token", |v| v["model"]["merges"] = json!([["b", "a"]]));
         refused("names \"abab\", which is no token", |v| v["model"]["merges"] = json!([["ab", "ab"]]));
         refused("is not two tokens", |v| v["model"]["merges"] = json!(["ab"]));

@@ -76,5 +76,6 @@ impl Pre {
 
 fn split(expression: &str) -> anyhow::Result<Split> {
     let pattern = SplitPattern::Regex(expression.to_owned());
-    Split::new(pattern, SplitDelimiterBehavior::Isolated, false).map_err(|error| anyhow!("{expression}: {error}"))
+    Split::new(pattern, SplitDelimiterBehavior::Isolated, false)
+        .map_err(|error| anyhow!("{expression}: {error}"))
 }
