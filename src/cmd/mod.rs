@@ -1,4 +1,3 @@
-<<<<<<< HEAD
 //! One file per verb: its arguments, its help and its `run`. Results go to stdout, everything else to stderr; the exit
 //! code and the printing of errors are decided in [`execute`] alone.
 
@@ -134,9 +133,3 @@ pub(crate) fn print(text: &str) -> anyhow::Result<()> {
 pub(crate) fn remark(text: &str) {
     let _ = writeln!(std::io::stderr(), "{text}");
 }
-=======
-//! One file per verb: its arguments, its help and its run. Only here (and in `report`) is anything printed.
-
-pub mod models;
-pub mod progress;
->>>>>>> fetch
