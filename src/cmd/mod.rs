@@ -2,7 +2,7 @@
 //! code and the printing of errors are decided in [`execute`] alone.
 
 //mod check;
-//mod doctor;
+mod doctor;
 mod models;
 mod progress;
 mod report;
@@ -42,7 +42,7 @@ struct Cli {
 enum Verb {
     Run(run::Args),
     //Check(check::Args),
-    //Doctor(doctor::Args),
+    Doctor(doctor::Args),
     Models(models::Args),
     Validate(validate::Args),
     Report(report::Args),
@@ -90,7 +90,7 @@ pub fn execute() -> u8 {
     let result = match cli.verb {
         Verb::Run(args) => run::run(args),
         //Verb::Check(args) => check::run(args),
-        //Verb::Doctor(args) => doctor::run(args),
+        Verb::Doctor(args) => doctor::run(args),
         Verb::Models(args) => models::run(args),
         Verb::Validate(args) => validate::run(args),
         Verb::Report(args) => report::run(args),

@@ -7,16 +7,12 @@ use crate::record::Maybe;
 use crate::record::machine::{Gpu, GpuDriver};
 
 /// `cuda_version` is what the driver library answered.
-pub(super) fn driver(roots: &Roots, cuda_version: &Result<String, Unavailable>) -> GpuDriver {
+pub(super) fn driver(roots: &Roots, cuda_version: Result<String, Unavailable>) -> GpuDriver {
     let text = read(roots.proc.join("driver/nvidia/version"));
     GpuDriver {
         version: text.clone().and_then(|text| version(&text)).into(),
         kernel_module: text.map(|text| kernel_module(&text).to_owned()).into(),
-        cuda_version: cuda_version
-            .as_ref()
-            .map(String::clone)
-            .map_err(|unavailable| unavailable.reason())
-            .into(),
+        cuda_version: known(cuda_version),
     }
 }
 
@@ -56,7 +52,7 @@ mod tests {
 
     fn driver_of(text: &str) -> GpuDriver {
         let dir = tree(&[("proc/driver/nvidia/version", text)]);
-        driver(&Roots::under(dir.path()), &Ok("13.0".to_owned()))
+        driver(&Roots::under(dir.path()), Ok("13.0".to_owned()))
     }
 
     #[test]
@@ -77,7 +73,7 @@ mod tests {
 
     #[test]
     fn a_machine_without_the_driver_says_so() {
-        let driver = driver(&Roots::under("/nonexistent"), &Err(Unavailable::NoLibrary));
+        let driver = driver(&Roots::under("/nonexistent"), Err(Unavailable::NoLibrary));
         assert_eq!(driver.version.reason(), Some("not_found"));
         assert_eq!(driver.cuda_version.reason(), Some("no_cuda_driver"));
         assert_eq!(driver_of("hello").version.reason(), Some("malformed"));

@@ -16,7 +16,7 @@ pub(super) fn collect(roots: &Roots) -> Host {
         kernel_cmdline: read(roots.proc.join("cmdline")).into(),
         distro: distro(roots).into(),
         container: container(roots).into(),
-        hypervisor: hypervisor(roots).into(),
+        hypervisor: hypervisor(roots, signature().as_deref()).into(),
         board_vendor: read(dmi.join("sys_vendor")).into(),
         board_product: read(dmi.join("product_name"))
             .or_else(|reason| read(roots.sys.join("firmware/devicetree/base/model")).map_err(|_| reason))
@@ -56,49 +56,55 @@ fn distro(roots: &Roots) -> Result<String, Reason> {
     Ok(name.trim().trim_matches(['"', '\'']).to_owned())
 }
 
-/// Words in the path of a control group or of a mount, and who puts them there. Kubernetes first: its pods are made
-/// by one of the others.
-const CONTAINER_WORDS: [(&str, &str); 5] = [
-    ("kube", "kubernetes"),
+/// Parts of the path of a control group or of a mount, and who puts them there. Kubernetes first: its pods are made by
+/// one of the others.
+const CONTAINER_WORDS: [(&str, &str); 9] = [
+    ("kubepods", "kubernetes"),
+    ("/kubelet/", "kubernetes"),
     ("libpod", "podman"),
-    ("docker", "docker"),
-    ("containerd", "containerd"),
-    ("lxc", "lxc"),
+    ("/containers/storage/", "podman"),
+    ("docker-", "docker"),
+    ("/docker/", "docker"),
+    ("cri-containerd", "containerd"),
+    ("lxc.payload", "lxc"),
+    ("/lxc/", "lxc"),
 ];
 
+/// Files that a container gets from whoever runs it; other mounts mention containers on a plain host too.
+const GIVEN_FILES: [&str; 3] = ["/etc/hosts", "/etc/hostname", "/etc/resolv.conf"];
+
+/// The kernel's own evidence first, then marks in the file system: those stay behind when a container's files are
+/// booted as a virtual machine.
 fn container(roots: &Roots) -> Result<String, Reason> {
     let groups = read(roots.proc.join("self/cgroup")).unwrap_or_default();
-    let from_groups = by_word(groups.lines().filter_map(|line| line.rsplit(':').next()));
-    // What the container's own files are mounted from; other mounts may mention containers on a plain host.
     let mounts = read(roots.proc.join("self/mountinfo")).unwrap_or_default();
-    let own_files = ["/etc/hosts", "/etc/hostname", "/etc/resolv.conf"];
-    let from_mounts = by_word(
-        mounts
-            .lines()
-            .filter(|line| line.split_whitespace().nth(4).is_some_and(|target| own_files.contains(&target))),
-    );
-    if let Some("kubernetes") = from_groups.or(from_mounts) {
-        return Ok("kubernetes".to_owned());
-    }
-    if roots.root.join("run/.containerenv").exists() {
-        return Ok("podman".to_owned());
-    }
-    if roots.root.join(".dockerenv").exists() {
-        return Ok("docker".to_owned());
-    }
-    if let Ok(name) = read(roots.root.join("run/systemd/container")) {
-        return Ok(name);
-    }
-    if let Some(name) = from_groups.or(from_mounts) {
+    let given =
+        |line: &&str| line.split_whitespace().nth(4).is_some_and(|target| GIVEN_FILES.contains(&target));
+    if let Some(name) = by_word(groups.lines()).or_else(|| by_word(mounts.lines().filter(given))) {
         return Ok(name.to_owned());
     }
     // In the first PID namespace, and only there, process 2 is the parent of the kernel's threads.
-    match read(roots.proc.join("2/comm")).as_deref() {
-        Ok("kthreadd") => Ok("none".to_owned()),
-        Err(&"permission") => Err("permission"),
-        _ if read(roots.proc.join("self/stat")).is_ok() => Ok("other".to_owned()),
-        _ => Err("not_found"),
+    let second = read(roots.proc.join("2/comm"));
+    if second.as_deref() == Ok("kthreadd") {
+        return Ok("none".to_owned());
     }
+    if let Some(name) = container_by_mark(roots) {
+        return Ok(name);
+    }
+    match second {
+        Err("permission") => Err("permission"),
+        _ => read(roots.proc.join("self/stat")).map(|_| "other".to_owned()),
+    }
+}
+
+fn container_by_mark(roots: &Roots) -> Option<String> {
+    if roots.root.join("run/.containerenv").exists() {
+        return Some("podman".to_owned());
+    }
+    if roots.root.join(".dockerenv").exists() {
+        return Some("docker".to_owned());
+    }
+    read(roots.root.join("run/systemd/container")).ok()
 }
 
 fn by_word<'a>(mut lines: impl Iterator<Item = &'a str>) -> Option<&'static str> {
@@ -123,7 +129,8 @@ const HYPERVISOR_WORDS: [(&str, &str); 12] = [
     ("Apple Virtualization", "apple"),
 ];
 
-fn hypervisor(roots: &Roots) -> Result<String, Reason> {
+/// `signature` is what the processor calls its hypervisor: asked last, since a fixture tree cannot replace it.
+fn hypervisor(roots: &Roots, signature: Option<&str>) -> Result<String, Reason> {
     let guest = cpu_says_guest(roots)?;
     if guest == Some(false) {
         return Ok("none".to_owned());
@@ -140,7 +147,7 @@ fn hypervisor(roots: &Roots) -> Result<String, Reason> {
     let known = vendor.as_ref().ok().and_then(|vendor| hypervisor_by_firmware(vendor, &product));
     match (known, guest) {
         (Some(kind), _) => Ok(kind.to_owned()),
-        (None, Some(_)) => Ok("other".to_owned()),
+        (None, Some(_)) => Ok(signature.map_or("other", by_signature).to_owned()),
         (None, None) => vendor.map(|_| "none".to_owned()),
     }
 }
@@ -153,6 +160,31 @@ fn hypervisor_by_firmware(vendor: &str, product: &str) -> Option<&'static str> {
     let both = format!("{vendor} {product}");
     let starts = |word: &str| both.starts_with(word) || product.starts_with(word);
     HYPERVISOR_WORDS.iter().find(|(word, _)| starts(word)).map(|(_, kind)| *kind)
+}
+
+/// The twelve letters in CPUID leaf 0x4000_0000, which only a guest has.
+#[cfg(target_arch = "x86_64")]
+fn signature() -> Option<String> {
+    let leaf = std::arch::x86_64::__cpuid(0x4000_0000);
+    let letters = [leaf.ebx, leaf.ecx, leaf.edx].map(u32::to_le_bytes).concat();
+    Some(String::from_utf8_lossy(&letters).trim_end_matches('\0').to_owned())
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn signature() -> Option<String> {
+    None
+}
+
+fn by_signature(signature: &str) -> &'static str {
+    match signature {
+        "KVMKVMKVM" => "kvm",
+        "TCGTCGTCGTCG" => "qemu",
+        "Microsoft Hv" => "hyperv",
+        "VMwareVMware" => "vmware",
+        "XenVMMXenVMM" => "xen",
+        "bhyve bhyve " => "bhyve",
+        _ => "other",
+    }
 }
 
 /// Whether the processor says that it is a guest's; `None` on processors that do not say.
@@ -197,6 +229,8 @@ mod tests {
             ("proc/self/cgroup", "0::/user.slice"),
         ];
         assert_eq!(container_of(&host).unwrap(), "none");
+        // Files of an image that were booted as a virtual machine keep their mark.
+        assert_eq!(container_of(&[("proc/2/comm", "kthreadd"), (".dockerenv", "")]).unwrap(), "none");
     }
 
     #[test]
@@ -207,7 +241,7 @@ mod tests {
 
     fn hypervisor_of(files: &[(&str, &str)]) -> Result<String, Reason> {
         let dir = tree(files);
-        hypervisor(&Roots::under(dir.path()))
+        hypervisor(&Roots::under(dir.path()), None)
     }
 
     #[test]
@@ -218,6 +252,9 @@ mod tests {
         assert_eq!(hypervisor_of(&[guest, ("sys/hypervisor/type", "xen\n")]).unwrap(), "xen");
         assert_eq!(hypervisor_of(&[guest, vendor("Nobody")]).unwrap(), "other");
         assert_eq!(hypervisor_of(&[guest]).unwrap(), "other");
+        let roots = tree(&[guest]);
+        assert_eq!(hypervisor(&Roots::under(roots.path()), Some("KVMKVMKVM")).unwrap(), "kvm");
+        assert_eq!(hypervisor(&Roots::under(roots.path()), Some("mist")).unwrap(), "other");
         let product = ("sys/class/dmi/id/product_name", "Virtual Machine");
         assert_eq!(hypervisor_of(&[guest, vendor("Microsoft Corporation"), product]).unwrap(), "hyperv");
     }

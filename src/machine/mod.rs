@@ -62,7 +62,7 @@ pub fn capture(roots: &Roots) -> Machine {
         load: host::load(roots),
         software: software::collect(roots),
         env: software::environment(|name| std::env::var_os(name)),
-        gpu_driver: gpu::driver(roots, &library::driver_version()),
+        gpu_driver: gpu::driver(roots, library::driver_version()),
         gpus: gpu::devices(library::devices().unwrap_or_default()),
     }
 }

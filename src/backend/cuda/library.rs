@@ -135,8 +135,8 @@ pub struct Library {
 }
 
 pub const LIBRARIES: [Library; 4] = [
-    Library { file: "libcuda.so", purpose: "CUDA driver", source: "the NVIDIA driver package" },
-    Library { file: "libnvidia-ml.so", purpose: "power and clocks", source: "the NVIDIA driver package" },
+    Library { file: "libcuda.so", purpose: "CUDA driver", source: "install the NVIDIA driver" },
+    Library { file: "libnvidia-ml.so", purpose: "power and clocks", source: "install the NVIDIA driver" },
     Library { file: "libnvrtc.so", purpose: "kernel compiler", source: "pip install nvidia-cuda-nvrtc" },
     Library { file: "libcublasLt.so", purpose: "large matrix products", source: "pip install nvidia-cublas" },
 ];

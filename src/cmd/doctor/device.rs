@@ -1,0 +1,183 @@
+//! Findings about the devices, the CUDA driver and the libraries that kernels need.
+
+use super::{Asked, Section, Status};
+use crate::backend::cuda::library::{Device, Found, LIBRARIES, SEARCH_VARIABLE, Unavailable};
+use crate::record::machine::Machine;
+use crate::units::format_bytes;
+
+const NOT_YET: &str = "this version runs models on cpu only; cuda:N cannot run yet";
+
+/// The devices, and whether the one that was asked for can run.
+pub(super) fn look(
+    asked: Asked,
+    machine: &Machine,
+    devices: &Result<Vec<Device>, Unavailable>,
+    libraries: &[Found],
+) -> (Section, bool) {
+    let mut section = Section::new("devices");
+    let what = if asked == Asked::Auto { "cpu (auto chooses it)" } else { "cpu" };
+    section.ok(what, "can run");
+    match devices {
+        Ok(devices) if devices.is_empty() => {
+            section.missing("cuda", "the driver shows no device", no_device_remedy())
+        }
+        Ok(devices) => devices.iter().for_each(|device| present(&mut section, device)),
+        Err(error) => {
+            section.missing("cuda", error.to_string(), Some(&driver_remedy(error, machine, libraries)))
+        }
+    }
+    driver(&mut section, machine);
+    if let Asked::Cuda(index) = asked {
+        section.missing(format!("asked: cuda:{index}"), refusal(index, devices), Some("use --device cpu"));
+    }
+    (section, !matches!(asked, Asked::Cuda(_)))
+}
+
+/// Where each library was found first.
+pub(super) fn libraries(found: &[Found]) -> Section {
+    let mut section = Section::new("libraries");
+    for library in &LIBRARIES {
+        let what = format!("{} ({})", library.file, library.purpose);
+        let files: Vec<&Found> = found.iter().filter(|file| file.library == library.file).collect();
+        let Some(first) = files.first() else {
+            let remedy = format!("{}, or name its folder in {SEARCH_VARIABLE}", library.source);
+            section.missing(what, "not found", Some(&remedy));
+            continue;
+        };
+        let more = match files.len() - 1 {
+            0 => String::new(),
+            more => format!(", and {more} more"),
+        };
+        section.ok(what, format!("{} (by {}{more})", first.path.display(), first.rule));
+    }
+    section
+}
+
+fn present(section: &mut Section, device: &Device) {
+    let name = text(&device.name, String::clone);
+    let memory = text(&device.memory_bytes, |bytes| format_bytes(*bytes));
+    let capability = text(&device.compute_capability, |(major, minor)| format!("{major}.{minor}"));
+    let value = format!("{name}, {memory}, compute capability {capability}: {NOT_YET}");
+    section.add(Status::Warn, format!("cuda:{}", device.index), value, None);
+}
+
+fn text<T>(value: &Result<T, Unavailable>, print: impl FnOnce(&T) -> String) -> String {
+    value.as_ref().map_or_else(|error| error.to_string(), print)
+}
+
+fn driver(section: &mut Section, machine: &Machine) {
+    let driver = &machine.gpu_driver;
+    if let (Some(version), Some(module)) = (driver.version.value(), driver.kernel_module.value()) {
+        section.ok("NVIDIA kernel module", format!("{version} ({module})"));
+    }
+    if let Some(version) = driver.cuda_version.value() {
+        section.ok("CUDA driver", format!("up to CUDA {version}"));
+    }
+}
+
+fn refusal(index: u32, devices: &Result<Vec<Device>, Unavailable>) -> String {
+    match devices {
+        Ok(devices) if devices.iter().any(|device| device.index == index) => NOT_YET.to_owned(),
+        Ok(devices) => format!("no such device: the driver shows {}", devices.len()),
+        Err(error) => error.to_string(),
+    }
+}
+
+fn no_device_remedy() -> Option<&'static str> {
+    Some("look at CUDA_VISIBLE_DEVICES, and at what the container was given")
+}
+
+fn driver_remedy(error: &Unavailable, machine: &Machine, libraries: &[Found]) -> String {
+    let library = libraries.iter().find(|file| file.library == "libcuda.so");
+    match (error, library) {
+        (Unavailable::NoLibrary, Some(file)) => {
+            let folder = file.path.parent().unwrap_or(&file.path);
+            format!("the loader does not look where it is: export LD_LIBRARY_PATH={}", folder.display())
+        }
+        (Unavailable::NoLibrary, None) if machine.gpu_driver.version.value().is_some() => {
+            "the kernel module is loaded, its library is not here: start the container with --gpus all".to_owned()
+        }
+        (Unavailable::NoLibrary | Unavailable::TooOld(_), _) => "install NVIDIA driver 535 or newer".to_owned(),
+        (Unavailable::Driver(_), _) => {
+            "look at `dmesg | grep NVRM`, at the permissions of /dev/nvidia*, and at what the container was given"
+                .to_owned()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::machine::{Roots, capture};
+    use crate::record::Maybe;
+
+    fn h200() -> Device {
+        Device {
+            index: 0,
+            name: Ok("NVIDIA H200".to_owned()),
+            uuid: Ok("GPU-0".to_owned()),
+            memory_bytes: Ok(141 << 30),
+            compute_capability: Ok((9, 0)),
+        }
+    }
+
+    fn text_of(
+        asked: Asked,
+        devices: &Result<Vec<Device>, Unavailable>,
+        libraries: &[Found],
+    ) -> (String, bool) {
+        let machine = capture(&Roots::under("/nonexistent"));
+        let (section, can_run) = look(asked, &machine, devices, libraries);
+        let line = |finding: &super::super::Finding| {
+            format!("{}: {} / {}\n", finding.what, finding.value, finding.remedy.as_deref().unwrap_or("-"))
+        };
+        (section.findings.iter().map(line).collect(), can_run)
+    }
+
+    #[test]
+    fn the_cpu_runs_and_a_gpu_is_plainly_said_not_to() {
+        let (text, can_run) = text_of(Asked::Auto, &Ok(vec![h200()]), &[]);
+        assert!(can_run && text.contains("cpu (auto chooses it): can run"), "{text}");
+        assert!(
+            text.contains("cuda:0: NVIDIA H200, 141 GiB, compute capability 9.0: this version runs"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn a_gpu_that_was_asked_for_cannot_run_and_says_why() {
+        let (text, can_run) = text_of(Asked::Cuda(0), &Ok(vec![h200()]), &[]);
+        assert!(!can_run && text.contains("asked: cuda:0: this version runs models on cpu only"), "{text}");
+        let (text, can_run) = text_of(Asked::Cuda(4), &Ok(vec![h200()]), &[]);
+        assert!(!can_run && text.contains("asked: cuda:4: no such device: the driver shows 1"), "{text}");
+        let (text, can_run) = text_of(Asked::Cuda(0), &Err(Unavailable::NoLibrary), &[]);
+        assert!(!can_run && text.contains("asked: cuda:0: no CUDA driver on this machine"), "{text}");
+    }
+
+    #[test]
+    fn the_remedy_fits_what_is_missing() {
+        let found = Found { library: "libcuda.so", path: "/opt/lib/libcuda.so.1".into(), rule: "system" };
+        let (text, _) = text_of(Asked::Auto, &Err(Unavailable::NoLibrary), &[found]);
+        assert!(text.contains("export LD_LIBRARY_PATH=/opt/lib\n"), "{text}");
+        let (text, _) = text_of(Asked::Auto, &Err(Unavailable::TooOld("11.4".to_owned())), &[]);
+        assert!(
+            text.contains("supports CUDA 11.4 only") && text.contains("install NVIDIA driver 535"),
+            "{text}"
+        );
+        let (text, _) =
+            text_of(Asked::Auto, &Err(Unavailable::Driver("CUDA_ERROR_NO_DEVICE".to_owned())), &[]);
+        assert!(text.contains("answers CUDA_ERROR_NO_DEVICE") && text.contains("dmesg"), "{text}");
+        let mut machine = capture(&Roots::under("/nonexistent"));
+        machine.gpu_driver.version = Maybe::Value("580.95.05".to_owned());
+        assert!(driver_remedy(&Unavailable::NoLibrary, &machine, &[]).contains("--gpus all"));
+    }
+
+    #[test]
+    fn the_preferred_file_of_each_library_is_shown() {
+        let file = |path: &str| Found { library: "libnvrtc.so", path: path.into(), rule: "python packages" };
+        let section = libraries(&[file("/a/libnvrtc.so.13"), file("/b/libnvrtc.so.12")]);
+        let nvrtc = section.findings.iter().find(|finding| finding.what.starts_with("libnvrtc.so")).unwrap();
+        assert_eq!(nvrtc.value, "/a/libnvrtc.so.13 (by python packages, and 1 more)");
+        assert_eq!(section.findings.iter().filter(|finding| finding.status == Status::Missing).count(), 3);
+    }
+}

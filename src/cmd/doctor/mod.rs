@@ -1,0 +1,222 @@
+//! `doctor`: what is here, what is missing, and the exact remedy. Looks and reports; changes nothing, loads no model.
+
+mod device;
+mod host;
+mod sensor;
+
+use std::ffi::OsString;
+use std::io::Write;
+use std::str::FromStr;
+
+use clap::ValueEnum;
+use serde::Serialize;
+
+use crate::backend::cuda::library;
+use crate::clock::Clock;
+use crate::machine::{self, Roots};
+
+/// Name and major version of the JSON form.
+const SCHEMA: &str = "tokmeter-doctor/1";
+
+/// How long other processes are watched.
+const OBSERVE_NS: u64 = 300_000_000;
+
+/// What is here: devices, drivers, libraries, sensors, permissions; what could not be read, and the exact remedy
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Exit codes: 0 the device can run, 1 it cannot")]
+pub struct Args {
+    /// The device that is meant to run: auto, cpu or cuda:N
+    #[arg(long, value_name = "auto|cpu|cuda:N", default_value = "auto")]
+    device: Asked,
+    #[arg(long, value_enum, default_value_t = Format::Table)]
+    format: Format,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Format {
+    Table,
+    Json,
+}
+
+/// The device that was asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Asked {
+    Auto,
+    Cpu,
+    Cuda(u32),
+}
+
+impl FromStr for Asked {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let index = || text.strip_prefix("cuda:")?.parse().ok();
+        match text {
+            "auto" => Ok(Asked::Auto),
+            "cpu" => Ok(Asked::Cpu),
+            _ => index().map(Asked::Cuda).ok_or_else(|| "expected auto, cpu or cuda:N".to_owned()),
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Status {
+    Ok,
+    Warn,
+    Missing,
+}
+
+impl Status {
+    fn word(self) -> &'static str {
+        match self {
+            Status::Ok => "ok",
+            Status::Warn => "warn",
+            Status::Missing => "missing",
+        }
+    }
+}
+
+/// One line of the answer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+struct Finding {
+    section: &'static str,
+    status: Status,
+    what: String,
+    value: String,
+    remedy: Option<String>,
+}
+
+#[derive(Debug, Serialize)]
+struct Findings {
+    schema: &'static str,
+    /// The device that was asked for can run.
+    can_run: bool,
+    findings: Vec<Finding>,
+}
+
+/// Collects the findings of one section.
+struct Section {
+    name: &'static str,
+    findings: Vec<Finding>,
+}
+
+impl Section {
+    fn new(name: &'static str) -> Self {
+        Section { name, findings: Vec::new() }
+    }
+
+    fn ok(&mut self, what: impl Into<String>, value: impl Into<String>) {
+        self.add(Status::Ok, what.into(), value.into(), None);
+    }
+
+    fn warn(&mut self, what: impl Into<String>, value: impl Into<String>, remedy: impl Into<String>) {
+        self.add(Status::Warn, what.into(), value.into(), Some(remedy.into()));
+    }
+
+    fn missing(&mut self, what: impl Into<String>, value: impl Into<String>, remedy: Option<&str>) {
+        self.add(Status::Missing, what.into(), value.into(), remedy.map(str::to_owned));
+    }
+
+    fn add(&mut self, status: Status, what: String, value: String, remedy: Option<String>) {
+        self.findings.push(Finding { section: self.name, status, what, value, remedy });
+    }
+}
+
+pub fn run(args: Args) -> anyhow::Result<u8> {
+    let findings = look(args.device);
+    let text = match args.format {
+        Format::Table => table(&findings),
+        Format::Json => serde_json::to_string_pretty(&findings)? + "\n",
+    };
+    let mut stdout = std::io::stdout().lock();
+    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => return Err(error.into()),
+        _ => {}
+    }
+    Ok(u8::from(!findings.can_run))
+}
+
+fn look(asked: Asked) -> Findings {
+    let roots = Roots::default();
+    let variable = |name: &str| std::env::var_os(name).filter(|value: &OsString| !value.is_empty());
+    let interference = machine::observe(&roots, &Clock::monotonic(), OBSERVE_NS);
+    let machine = machine::capture(&roots);
+    let libraries = library::search(&roots.root, &variable);
+    let (devices, can_run) = device::look(asked, &machine, &library::devices(), &libraries);
+    let sections = [
+        host::processor(&machine),
+        host::memory(&machine),
+        host::surroundings(&machine),
+        host::quiet(&machine, &interference),
+        devices,
+        device::libraries(&libraries),
+        sensor::power(&roots, &libraries),
+        sensor::models(&variable),
+    ];
+    let findings = sections.into_iter().flat_map(|section| section.findings).collect();
+    Findings { schema: SCHEMA, can_run, findings }
+}
+
+/// Sections with their findings in columns, and remedies below what they mend.
+fn table(findings: &Findings) -> String {
+    let width = findings.findings.iter().map(|finding| finding.what.chars().count()).max().unwrap_or(0);
+    let mut text = String::new();
+    let mut section = "";
+    for finding in &findings.findings {
+        if finding.section != section {
+            let gap = if section.is_empty() { "" } else { "\n" };
+            section = finding.section;
+            text += &format!("{gap}{section}\n");
+        }
+        let status = finding.status.word();
+        text += &format!("  {status:<7}  {:<width$}  {}\n", finding.what, finding.value);
+        if let Some(remedy) = &finding.remedy {
+            text += &format!("  {:<7}  {:<width$}  → {remedy}\n", "", "");
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_are_asked_for_by_name() {
+        assert_eq!("auto".parse(), Ok(Asked::Auto));
+        assert_eq!("cuda:3".parse(), Ok(Asked::Cuda(3)));
+        for text in ["", "gpu", "cuda", "cuda:", "cuda:-1", "cuda:99999999999", "CPU"] {
+            assert!(text.parse::<Asked>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn the_table_has_columns_and_puts_a_remedy_below_its_finding() {
+        let mut cpu = Section::new("cpu");
+        cpu.ok("model", "Neoverse-V2");
+        cpu.warn("governor", "powersave", "use performance");
+        let mut devices = Section::new("devices");
+        devices.missing("cuda", "no driver", None);
+        let findings = [cpu.findings, devices.findings].concat();
+        let expected = "cpu\n  ok       model     Neoverse-V2\n  warn     governor  powersave\n\
+            \u{20}                    → use performance\n\ndevices\n  missing  cuda      no driver\n";
+        assert_eq!(table(&Findings { schema: SCHEMA, can_run: true, findings }), expected);
+    }
+
+    #[test]
+    fn this_machine_can_run_on_its_cpu_and_every_finding_says_something() {
+        let findings = look(Asked::Cpu);
+        assert!(findings.can_run);
+        assert!(findings.findings.iter().all(|finding| !finding.value.is_empty()), "{findings:?}");
+        let json = serde_json::to_value(&findings).unwrap();
+        let rows = json["findings"].as_array().unwrap();
+        assert_eq!(rows.len(), findings.findings.len());
+        for section in ["cpu", "memory", "surroundings", "quiet", "devices", "libraries", "sensors", "models"]
+        {
+            assert!(rows.iter().any(|row| row["section"] == section), "{section}");
+        }
+        let text = table(&findings);
+        assert!(rows.iter().all(|row| text.contains(row["value"].as_str().unwrap())), "{text}");
+    }
+}
