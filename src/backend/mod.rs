@@ -3,6 +3,7 @@
 //! scalar Rust, the definition of right), `Cpu` (candle's matrix products) and `Cuda` (our kernels).
 
 mod batch;
+pub mod check;
 pub mod cpu;
 pub mod cuda;
 mod reference;
