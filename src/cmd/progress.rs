@@ -9,10 +9,10 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::weights::fetch::Progress;
 
-/// Columns: what, bar, how far, how fast, time left.
-const BYTES: &str = "{msg} {bar:30} {bytes}/{total_bytes} {bytes_per_sec} {eta}";
-const BYTES_OF_UNKNOWN: &str = "{msg} {bytes} {bytes_per_sec}";
-const STEPS: &str = "{msg} {bar:30} {pos}/{len} {eta}";
+/// Bar, how far, how fast, time left, what: a narrow terminal cuts the end.
+const BYTES: &str = "{bar:20} {bytes}/{total_bytes} {bytes_per_sec} {eta} {msg}";
+const BYTES_OF_UNKNOWN: &str = "{bytes} {bytes_per_sec} {msg}";
+const STEPS: &str = "{bar:20} {pos}/{len} {eta} {msg}";
 
 fn style(template: &str) -> ProgressStyle {
     ProgressStyle::with_template(template).expect("the templates above are well formed").progress_chars("=> ")

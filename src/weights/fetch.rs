@@ -48,6 +48,8 @@ pub struct Environment {
     pub hub_token: Option<String>,
     /// `TOKMETER_PYTHON`, else `python3`.
     pub python: OsString,
+    /// `SSL_CERT_FILE`: the only certificates to trust, for a mirror inside a site.
+    pub certificates: Option<PathBuf>,
     /// `HTTPS_PROXY` and its kin, with `NO_PROXY`; pip reads them itself.
     pub proxy: Option<ureq::Proxy>,
 }
@@ -62,6 +64,7 @@ impl Environment {
             python: std::env::var_os("TOKMETER_PYTHON")
                 .filter(|value| !value.is_empty())
                 .unwrap_or_else(|| "python3".into()),
+            certificates: text("SSL_CERT_FILE").map(PathBuf::from),
             proxy: ureq::Proxy::try_from_env(),
         }
     }

@@ -2,11 +2,12 @@
 //! comes is checked by the caller.
 
 use std::io::Read;
+use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{bail, ensure};
+use anyhow::{Context as _, bail, ensure};
 use ureq::http::{Response, StatusCode};
-use ureq::tls::{TlsConfig, TlsProvider};
+use ureq::tls::{PemItem, RootCerts, TlsConfig, TlsProvider};
 use ureq::{Agent, Body};
 
 use super::{Environment, Patience, RemoteFile};
@@ -42,6 +43,7 @@ impl<'e> Hub<'e> {
         );
         let tls = TlsConfig::builder()
             .provider(TlsProvider::Rustls)
+            .root_certs(trusted(environment.certificates.as_deref())?)
             .unversioned_rustls_crypto_provider(Arc::new(rustls_graviola::default_provider()))
             .build();
         let agent = Agent::config_builder()
@@ -116,6 +118,22 @@ impl<'e> Hub<'e> {
         let private = endpoint.starts_with("https://") || here.iter().any(|own| endpoint.starts_with(own));
         self.environment.hub_token.as_ref().filter(|_| private).map(|token| format!("Bearer {token}"))
     }
+}
+
+/// The certificates of a site's own mirror, or those of the public web.
+fn trusted(file: Option<&Path>) -> anyhow::Result<RootCerts> {
+    let Some(file) = file else { return Ok(RootCerts::WebPki) };
+    let text = std::fs::read(file).with_context(|| format!("SSL_CERT_FILE {}", file.display()))?;
+    let mut certificates = Vec::new();
+    for item in ureq::tls::parse_pem(&text) {
+        if let PemItem::Certificate(certificate) =
+            item.with_context(|| format!("SSL_CERT_FILE {}", file.display()))?
+        {
+            certificates.push(certificate);
+        }
+    }
+    ensure!(!certificates.is_empty(), "SSL_CERT_FILE {} holds no certificate", file.display());
+    Ok(certificates.into())
 }
 
 /// Both sides' word on a value, if they agree.

@@ -159,12 +159,13 @@ impl Growth {
     }
 }
 
-/// pip's own last word: its last line that says ERROR, else its last line.
+/// pip's own word: its first line that says ERROR (later ones say less), else its last line.
 fn reason(log: &Path, status: ExitStatus) -> String {
     let text = fs::read(log).unwrap_or_default();
     let text = String::from_utf8_lossy(&text);
-    let lines = || text.lines().rev().map(str::trim).filter(|line| !line.is_empty());
-    let line = lines().find_map(|line| line.strip_prefix("ERROR:")).or_else(|| lines().next());
+    let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+    let last = lines.clone().next_back();
+    let line = lines.find_map(|line| line.strip_prefix("ERROR:")).or(last);
     match line {
         Some(line) => line.trim().chars().filter(|c| !c.is_control()).take(REASON_CHARS).collect(),
         None => status.to_string(),
@@ -207,17 +208,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_reason_is_pips_last_error_line() {
+    fn the_reason_is_pips_first_error_line() {
         let folder = tempfile::tempdir().unwrap();
         let log = folder.path().join("log");
         let failed = ExitStatus::from_raw(256);
         assert_eq!(reason(&log, failed), "exit status: 1");
         fs::write(
             &log,
-            "Collecting x\nERROR: first\nERROR: No matching distribution found for x==1\n\nnote\n",
+            "Collecting x\nERROR: Could not find x==1 (from versions: none)\nERROR: No match\n\nnote\n",
         )
         .unwrap();
-        assert_eq!(reason(&log, failed), "No matching distribution found for x==1");
+        assert_eq!(reason(&log, failed), "Could not find x==1 (from versions: none)");
         fs::write(&log, "/usr/bin/python3: No module named pip\n").unwrap();
         assert_eq!(reason(&log, failed), "/usr/bin/python3: No module named pip");
     }
