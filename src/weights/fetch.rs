@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 
+pub(crate) use self::cache::folder as cache_folder;
 use self::cache::{Incoming, Presence, Workspace};
 use super::registry::{KnownModel, RemoteFile, Source};
 
@@ -114,7 +115,7 @@ impl Fetcher {
     /// # Errors
     /// When no cache folder can be named.
     pub fn from_env(offline: bool, progress: Box<dyn Progress>) -> anyhow::Result<Self> {
-        let cache = cache::folder(|name| std::env::var_os(name))?;
+        let cache = cache_folder(|name| std::env::var_os(name))?;
         Ok(Self {
             cache,
             offline,

@@ -34,6 +34,11 @@ pub enum CpuDType {
     Quantized,
 }
 
+/// The cores that this process may use.
+pub fn default_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get)
+}
+
 /// Makes the pool that all CPU work runs in. Must come before the first use of a [`Cpu`]; without it the pool has one
 /// thread per core (or `RAYON_NUM_THREADS`).
 ///

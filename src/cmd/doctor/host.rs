@@ -30,7 +30,7 @@ pub(super) fn processor(machine: &Machine) -> Section {
         };
         caches.iter().map(one).collect::<Vec<_>>().join(", ")
     });
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = crate::backend::cpu::default_threads();
     section.ok("default threads", threads.to_string());
     section
 }

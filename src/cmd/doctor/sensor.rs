@@ -8,6 +8,7 @@ use crate::backend::cuda::library::Found;
 use crate::machine::Roots;
 use crate::machine::files::{self, Reason};
 use crate::units::format_bytes;
+use crate::weights::fetch;
 
 /// Less than this leaves no room for the default model and a second one.
 const LITTLE_DISK_BYTES: u64 = 1 << 30;
@@ -88,7 +89,7 @@ fn hwmon(section: &mut Section, class: &Path) {
 
 pub(super) fn models(variable: &dyn Fn(&str) -> Option<OsString>) -> Section {
     let mut section = Section::new("models");
-    let Some(folder) = cache_folder(variable) else {
+    let Ok(folder) = fetch::cache_folder(variable) else {
         section.missing("cache folder", "HOME is not set", Some("set TOKMETER_CACHE to a folder"));
         return section;
     };
@@ -109,14 +110,6 @@ fn free_disk(section: &mut Section, free_bytes: u64) {
     } else {
         section.ok("free disk space", format_bytes(free_bytes));
     }
-}
-
-/// Where downloads are kept: `TOKMETER_CACHE`, else `tokmeter` in `XDG_CACHE_HOME` or in `~/.cache`.
-fn cache_folder(variable: &dyn Fn(&str) -> Option<OsString>) -> Option<PathBuf> {
-    let path = |name| variable(name).map(PathBuf::from);
-    let shared = || path("XDG_CACHE_HOME").filter(|folder| folder.is_absolute());
-    let user = || path("HOME").map(|home| home.join(".cache"));
-    path("TOKMETER_CACHE").or_else(|| Some(shared().or_else(user)?.join("tokmeter")))
 }
 
 #[cfg(test)]
@@ -180,20 +173,6 @@ mod tests {
         ]);
         assert_eq!(section.findings[0].status, Status::Missing);
         assert_eq!(section.findings[0].value, "package-0: malformed");
-    }
-
-    #[test]
-    fn the_cache_folder_follows_the_variables() {
-        let folder = |pairs: &[(&str, &str)]| {
-            cache_folder(&|name| {
-                pairs.iter().find(|(key, _)| *key == name).map(|(_, value)| OsString::from(value))
-            })
-        };
-        assert_eq!(folder(&[("HOME", "/h")]), Some("/h/.cache/tokmeter".into()));
-        assert_eq!(folder(&[("HOME", "/h"), ("XDG_CACHE_HOME", "/x")]), Some("/x/tokmeter".into()));
-        assert_eq!(folder(&[("HOME", "/h"), ("XDG_CACHE_HOME", "x")]), Some("/h/.cache/tokmeter".into()));
-        assert_eq!(folder(&[("HOME", "/h"), ("TOKMETER_CACHE", "/t")]), Some("/t".into()));
-        assert_eq!(folder(&[]), None);
     }
 
     #[test]
