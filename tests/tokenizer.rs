@@ -1,5 +1,7 @@
 //! Tokenizers against goldens of other implementations: llama.cpp's ids, and pieces cut by an unrelated engine.
 
+#![allow(clippy::unwrap_used)] // helpers of tests are tests
+
 mod common;
 
 use std::path::{Path, PathBuf};

@@ -1,6 +1,7 @@
 //! What several integration tests need.
 
 #![allow(dead_code, unreachable_pub)] // each test crate uses its own part
+#![allow(clippy::print_stderr)]
 
 use std::path::PathBuf;
 
