@@ -6,6 +6,7 @@ mod cell;
 mod histogram;
 pub mod machine;
 mod maybe;
+mod redact;
 mod store;
 mod validate;
 
@@ -22,6 +23,7 @@ pub use cell::{
 };
 pub use histogram::{Latency, LatencyHistogram, merge as merge_histograms};
 pub use maybe::{Maybe, Missing};
+pub use redact::redacted;
 pub use store::{ReadError, Store, parse, read, write_atomically};
 pub use validate::{Violation, canonical_sha256, hex, violations};
 
