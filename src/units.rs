@@ -24,6 +24,17 @@ pub fn format_bytes(bytes: u64) -> String {
     if unit == 0 { format!("{bytes} B") } else { format!("{} {}", format_significant(value), UNITS[unit]) }
 }
 
+/// `135M`, `8.03B`: parameters and the like, in thousands of thousands.
+pub fn format_count(count: u64) -> String {
+    let (scale, unit) = match count {
+        0..1_000 => return count.to_string(),
+        1_000..1_000_000 => (1e3, "K"),
+        1_000_000..1_000_000_000 => (1e6, "M"),
+        _ => (1e9, "B"),
+    };
+    format!("{}{unit}", format_significant(count as f64 / scale))
+}
+
 /// Three significant digits and thousands separators, no exponent: `0.0123`, `1.50`, `113`, `12,345`.
 pub fn format_significant(value: f64) -> String {
     if !value.is_finite() {
@@ -80,7 +91,7 @@ pub fn parse_bytes(text: &str) -> Result<u64, String> {
         _ => return Err(expected()),
     };
     let bytes = value * scale as f64;
-    if bytes < 1.0 || bytes > 1e18 { Err(expected()) } else { Ok(bytes as u64) }
+    if (1.0..=1e18).contains(&bytes) { Ok(bytes as u64) } else { Err(expected()) }
 }
 
 #[cfg(test)]
@@ -108,6 +119,8 @@ mod tests {
         assert_eq!(format_ns(8_312_345.0), "8.31 ms");
         assert_eq!(format_ns(1.24e9), "1.24 s");
         assert_eq!(format_duration_s(80.0), "1 min 20 s");
+        assert_eq!(format_count(8_030_261_248), "8.03B");
+        assert_eq!(format_count(134_515_008), "135M");
         assert_eq!(format_duration_s(7500.0), "2 h 05 min");
     }
 

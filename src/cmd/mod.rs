@@ -3,6 +3,7 @@
 
 //mod check;
 mod doctor;
+mod interrupt;
 mod models;
 mod progress;
 mod report;
@@ -40,7 +41,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
-    Run(run::Args),
+    Run(Box<run::Args>),
     //Check(check::Args),
     Doctor(doctor::Args),
     Models(models::Args),
@@ -88,7 +89,7 @@ pub fn execute() -> u8 {
         }
     };
     let result = match cli.verb {
-        Verb::Run(args) => run::run(args),
+        Verb::Run(args) => run::run(*args),
         //Verb::Check(args) => check::run(args),
         Verb::Doctor(args) => doctor::run(args),
         Verb::Models(args) => models::run(args),

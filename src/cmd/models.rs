@@ -5,10 +5,13 @@ use std::io::{self, Write};
 use clap::Subcommand;
 use comfy_table::{CellAlignment, Table, presets};
 
+use super::interrupt;
 use super::progress::FetchBar;
+use super::usage;
 use crate::arch::{self, Config, RopeScaling, TensorRole};
+use crate::units::{format_bytes, format_count};
 use crate::weights::StoredDType;
-use crate::weights::fetch::{CachedFile, Fetcher, Interrupted};
+use crate::weights::fetch::{CachedFile, Fetcher, Progress};
 use crate::weights::registry::{self, KnownModel, RemoteFile};
 
 const EXAMPLES: &str = "\
@@ -60,21 +63,16 @@ enum Action {
 /// When a name is unknown, a fetch fails, or stdout cannot be written (a closed pipe is no error).
 pub fn run(args: Args) -> anyhow::Result<u8> {
     let out = &mut io::stdout().lock();
-    let done = match args.action.unwrap_or(Action::List) {
+    match args.action.unwrap_or(Action::List) {
         Action::List => list(out).map(|()| 0),
-        Action::Show { name } => registry::find(&name).and_then(|model| show(out, &model)).map(|()| 0),
+        Action::Show { name } => show(out, &find(&name)?).map(|()| 0),
         Action::Fetch { name, offline } => fetch(out, &name, offline).map(|()| 0),
         Action::Verify { name } => verify(out, name.as_deref()),
-    };
-    match done {
-        Err(error) if is_closed_pipe(&error) => Ok(0),
-        Err(error) if error.is::<Interrupted>() => Ok(130),
-        done => done,
     }
 }
 
-fn is_closed_pipe(error: &anyhow::Error) -> bool {
-    error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
+fn find(name: &str) -> anyhow::Result<KnownModel> {
+    registry::find(name).map_err(usage)
 }
 
 fn list(out: &mut dyn Write) -> anyhow::Result<()> {
@@ -96,9 +94,9 @@ fn list(out: &mut dyn Write) -> anyhow::Result<()> {
     for model in registry::known_models()? {
         table.add_row([
             model.name.clone(),
-            with_unit(model.parameters as f64, 1e3, &["", "K", "M", "B"]),
-            weight_bytes(&model.config, StoredDType::BF16).map_or("-".into(), bytes),
-            bytes(arch::kv_bytes_per_token(&model.config, 2)),
+            format_count(model.parameters),
+            weight_bytes(&model.config, StoredDType::BF16).map_or("-".into(), format_bytes),
+            format_bytes(arch::kv_bytes_per_token(&model.config, 2)),
             if is_cached(&fetcher, &model) { "yes" } else { "no" }.to_owned(),
             model.licence.clone(),
         ]);
@@ -192,18 +190,22 @@ fn weight_bytes(config: &Config, dtype: StoredDType) -> Option<u64> {
 }
 
 fn fetch(out: &mut dyn Write, name: &str, offline: bool) -> anyhow::Result<()> {
-    let model = registry::find(name)?;
-    let path = Fetcher::from_env(offline, Box::new(FetchBar::default()))?.locate(&model)?;
+    let model = find(name)?;
+    let path = Fetcher::from_env(offline, interruptible()?)?.locate(&model)?;
     writeln!(out, "{}", path.display())?;
     Ok(())
 }
 
+fn interruptible() -> anyhow::Result<Box<dyn Progress>> {
+    Ok(Box::new(FetchBar::with_interrupt(interrupt::on_signal()?)))
+}
+
 fn verify(out: &mut dyn Write, name: Option<&str>) -> anyhow::Result<u8> {
     let models = match name {
-        Some(name) => vec![registry::find(name)?],
+        Some(name) => vec![find(name)?],
         None => registry::known_models()?,
     };
-    let fetcher = Fetcher::from_env(true, Box::new(FetchBar::default()))?;
+    let fetcher = Fetcher::from_env(true, interruptible()?)?;
     let (mut good, mut bad) = (0, 0);
     for model in &models {
         for CachedFile { path, found } in fetcher.inspect(model, true)? {
@@ -232,27 +234,7 @@ fn verify(out: &mut dyn Write, name: Option<&str>) -> anyhow::Result<u8> {
 
 /// Exact and readable.
 fn both(count: u64) -> String {
-    format!("{count} B ({})", bytes(count))
-}
-
-fn bytes(count: u64) -> String {
-    with_unit(count as f64, 1024.0, &[" B", " KiB", " MiB", " GiB", " TiB"])
-}
-
-/// Three significant digits in the largest unit that keeps the number at 1 or more.
-fn with_unit(mut value: f64, step: f64, units: &[&str]) -> String {
-    let mut unit = 0;
-    while value >= step && unit + 1 < units.len() {
-        value /= step;
-        unit += 1;
-    }
-    let decimals = match value {
-        _ if value.fract() == 0.0 => 0,
-        _ if value >= 100.0 => 0,
-        _ if value >= 10.0 => 1,
-        _ => 2,
-    };
-    format!("{value:.decimals$}{}", units[unit])
+    format!("{count} B ({})", format_bytes(count))
 }
 
 #[cfg(test)]
@@ -302,29 +284,5 @@ mod tests {
         let matrices = arch::parameters(&config) - vectors;
         assert_eq!(weight_bytes(&config, StoredDType::Q8_0), Some(matrices / 32 * 34 + vectors * 4));
         assert_eq!(weight_bytes(&config, StoredDType::Q4K), Some(matrices / 256 * 144 + vectors * 4));
-    }
-
-    #[test]
-    fn numbers_are_shown_with_three_digits() {
-        for (count, expected) in
-            [(0, "0 B"), (1023, "1023 B"), (1024, "1 KiB"), (1536, "1.50 KiB"), (98_362_432, "93.8 MiB")]
-        {
-            assert_eq!(bytes(count), expected);
-        }
-    }
-
-    #[test]
-    fn a_closed_pipe_is_no_error() {
-        struct Closed;
-        impl Write for Closed {
-            fn write(&mut self, _: &[u8]) -> io::Result<usize> {
-                Err(io::ErrorKind::BrokenPipe.into())
-            }
-            fn flush(&mut self) -> io::Result<()> {
-                Ok(())
-            }
-        }
-        assert!(is_closed_pipe(&list(&mut Closed).unwrap_err()));
-        assert!(!is_closed_pipe(&anyhow::anyhow!("other")));
     }
 }

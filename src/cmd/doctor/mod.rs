@@ -5,7 +5,6 @@ mod host;
 mod sensor;
 
 use std::ffi::OsString;
-use std::io::Write;
 use std::str::FromStr;
 
 use clap::ValueEnum;
@@ -129,11 +128,7 @@ pub fn run(args: Args) -> anyhow::Result<u8> {
         Format::Table => table(&findings),
         Format::Json => serde_json::to_string_pretty(&findings)? + "\n",
     };
-    let mut stdout = std::io::stdout().lock();
-    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
-        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => return Err(error.into()),
-        _ => {}
-    }
+    super::print(&text)?;
     Ok(u8::from(!findings.can_run))
 }
 

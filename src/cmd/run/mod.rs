@@ -2,7 +2,6 @@
 //! and saves the record after each.
 
 mod choices;
-mod interrupt;
 mod model;
 mod record;
 mod start;
@@ -20,7 +19,7 @@ use crate::record::{Outcome, Record, Status, Store};
 use crate::runner::{self, Stage, Witness};
 use crate::{analysis, report};
 
-use super::{FAILED, INTERRUPTED, print, remark};
+use super::{FAILED, INTERRUPTED, interrupt, print, remark};
 use choices::Choices;
 use view::View;
 

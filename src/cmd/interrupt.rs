@@ -1,4 +1,5 @@
-//! Ctrl-C and SIGTERM: the first asks the measurement to stop and save, the second ends the program at once.
+//! Ctrl-C and SIGTERM: the first asks the work to stop and save what it has, the second ends the program
+//! at once.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,7 +11,7 @@ use anyhow::Context as _;
 /// # Errors
 /// When the system refuses the handler.
 #[allow(clippy::exit, clippy::disallowed_methods)]
-pub(super) fn on_signal() -> anyhow::Result<Arc<AtomicBool>> {
+pub(crate) fn on_signal() -> anyhow::Result<Arc<AtomicBool>> {
     let stop = Arc::new(AtomicBool::new(false));
     let seen = Arc::clone(&stop);
     ctrlc::set_handler(move || {
