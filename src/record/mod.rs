@@ -15,7 +15,7 @@ use std::collections::BTreeMap;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use machine::Machine;
+use machine::{Interference, Machine};
 
 pub use cell::{
     Cell, Check, ClockEvents, Clocks, Drain, Energy, Outcome, RequestRow, Run, Steady, Temperature, Warmup,
@@ -48,6 +48,8 @@ pub struct Record {
     pub status: Status,
     pub session: Session,
     pub machine: Machine,
+    /// Who else was busy just before the first cell.
+    pub interference: Interference,
     pub model: Model,
     pub engine: Engine,
     pub meter: Meter,

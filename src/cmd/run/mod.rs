@@ -7,7 +7,7 @@ mod record;
 mod start;
 mod view;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
@@ -19,7 +19,7 @@ use crate::record::{Outcome, Record, Status, Store};
 use crate::runner::{self, Stage, Witness};
 use crate::{analysis, report};
 
-use super::{FAILED, INTERRUPTED, interrupt, print, remark};
+use super::{FAILED, INTERRUPTED, interrupt, print, remark, usage};
 use choices::Choices;
 use view::View;
 
@@ -153,6 +153,7 @@ pub fn run(args: Args) -> anyhow::Result<u8> {
         print(&choices.describe())?;
         return Ok(0);
     }
+    refuse_to_overwrite(args.out.as_deref())?;
     let stop = interrupt::on_signal()?;
     let view = View::new(Arc::clone(&stop));
     let mut started = start::start(&choices, &stop, &view)?;
@@ -168,6 +169,17 @@ pub fn run(args: Args) -> anyhow::Result<u8> {
     print(&rendered(&record, args.format)?)?;
     remark(&format!("record: {}", store.path().display()));
     Ok(exit_code(&record))
+}
+
+/// A record cannot be measured again: an existing file is never replaced.
+fn refuse_to_overwrite(out: Option<&Path>) -> anyhow::Result<()> {
+    match out {
+        Some(path) if path.exists() => Err(usage(format!(
+            "--out {} exists already\nhint: name another file, or remove it",
+            path.display()
+        ))),
+        _ => Ok(()),
+    }
 }
 
 /// Measures every cell, saving the record after each; stops early at a signal.

@@ -5,12 +5,21 @@ use super::start::Started;
 use crate::arch;
 use crate::backend::PAGE_SIZE;
 use crate::clock::{Clock, rfc3339_utc};
+use crate::cmd::remark;
 use crate::machine::{self, Roots};
 use crate::record::{Command, Engine, Maybe, Meter, Model, Record, SCHEMA, Session, Status, Tool};
 
+/// How long the machine is watched before the first cell.
+const OBSERVED_NS: u64 = 400_000_000;
+
 /// The record before the first cell.
 pub(super) fn open(choices: &Choices, started: &Started) -> Record {
-    let machine = machine::capture(&Roots::default());
+    let roots = Roots::default();
+    let machine = machine::capture(&roots);
+    let interference = machine::observe(&roots, &started.clock, OBSERVED_NS);
+    if let Some(sentence) = machine::warning(&interference) {
+        remark(&format!("warning: {sentence}"));
+    }
     let fake = choices.fake.as_ref().map(|_| "fake engine: step times come from a script".to_owned());
     Record {
         schema: SCHEMA.to_owned(),
@@ -26,6 +35,7 @@ pub(super) fn open(choices: &Choices, started: &Started) -> Record {
             label: given(choices.session.clone(), "not_given"),
         },
         machine,
+        interference,
         model: Model {
             name: started.model_name.clone(),
             parameters: arch::parameters(&started.config),
