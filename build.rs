@@ -30,6 +30,29 @@ fn main() {
     tell("FEATURES", Ok(features()));
     tell("TARGET_FEATURES", Ok(env::var("CARGO_CFG_TARGET_FEATURE").unwrap_or_default()));
     tell("LIBRARIES", libraries());
+    embed_prebuilt_kernels();
+}
+
+/// Kernels that `scripts/prebuild_kernels.py` compiled go into the binary, so that it needs no compiler: a table
+/// `PREBUILT` of what lies in `kernels/prebuilt/`, which is not tracked and may be empty.
+fn embed_prebuilt_kernels() {
+    let root = env::current_dir().unwrap_or_default();
+    let folder = root.join("kernels/prebuilt");
+    println!("cargo:rerun-if-changed=kernels");
+    let mut names: Vec<String> = std::fs::read_dir(&folder)
+        .map(|entries| entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect())
+        .unwrap_or_default();
+    names.sort();
+    let mut table = String::from("const PREBUILT: &[Prebuilt] = &[\n");
+    for name in names.iter().filter_map(|name| name.strip_suffix(".cubin")) {
+        let path = folder.join(format!("{name}.cubin"));
+        table.push_str(&format!("    Prebuilt {{ name: {name:?}, image: include_bytes!({path:?}) }},\n"));
+    }
+    table.push_str("];\n");
+    let out = env::var_os("OUT_DIR").unwrap_or_default();
+    if let Err(error) = std::fs::write(Path::new(&out).join("prebuilt.rs"), table) {
+        println!("cargo:warning=the table of prebuilt kernels cannot be written: {error}");
+    }
 }
 
 fn tell(name: &str, value: Result<String, &str>) {

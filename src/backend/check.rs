@@ -10,7 +10,8 @@ use candle_core::quantized::QTensor;
 use candle_core::{Device, Tensor};
 
 use super::{
-    AttnIn, Backend, Batch, Head, MlpIn, PAGE_SIZE, Sampling, Shape, TokenInput, WeightUse, sampling,
+    AttnIn, Backend, Batch, BufferUse, Head, MlpIn, PAGE_SIZE, Sampling, Shape, TokenInput, WeightUse,
+    sampling,
 };
 use crate::arch::TensorRole;
 use crate::weights::{HostTensor, StoredDType};
@@ -28,8 +29,8 @@ pub struct OpCheck {
     pub passed: bool,
 }
 
-/// Checks every operation. Matrices are stored as `stored` wherever their rows are whole blocks of it, and both
-/// backends are given the same bytes.
+/// Checks every operation at every shape that the candidate `supports`. Matrices are stored as `stored` wherever their
+/// rows are whole blocks of it, and both backends are given the same bytes.
 ///
 /// # Errors
 /// When a backend cannot be made or an operation fails.
@@ -37,9 +38,11 @@ pub fn check_ops<A: Backend, B: Backend>(
     reference: impl Fn(Shape) -> anyhow::Result<A>,
     candidate: impl Fn(Shape) -> anyhow::Result<B>,
     stored: StoredDType,
+    supports: impl Fn(&Shape) -> bool,
 ) -> anyhow::Result<Vec<OpCheck>> {
     let mut checks = Vec::new();
-    for (seed, (shape_name, shape)) in shapes().into_iter().enumerate() {
+    let shapes = shapes().into_iter().enumerate().filter(|(_, (_, shape))| supports(shape));
+    for (seed, (shape_name, shape)) in shapes {
         for (batch_name, sequences) in batches() {
             let mut rig = Rig {
                 a: reference(shape.clone())?,
@@ -82,6 +85,8 @@ fn shapes() -> Vec<(&'static str, Shape)> {
         ("GQA 4", 8, 2, 32, 256, 512, 300),
         ("GQA 7, head_dim 128", 7, 1, 128, 256, 512, 130),
         ("GQA 8", 8, 1, 16, 96, 64, 1000),
+        ("head_dim 96", 2, 2, 96, 72, 104, 513),
+        ("GQA 16, head_dim 256", 16, 1, 256, 64, 40, 77),
     ]
     .map(|(name, num_heads, num_kv_heads, head_dim, hidden_size, intermediate_size, vocab_size)| {
         let inv_freq = (0..head_dim / 2).map(|i| 10_000f32.powf(-2.0 * i as f32 / head_dim as f32)).collect();
@@ -108,6 +113,7 @@ fn batches() -> Vec<(&'static str, Vec<(usize, usize)>)> {
         ("decode around a page's end", vec![(14, 1), (15, 1), (16, 1), (0, 1), (99, 1)]),
         ("decode of 19 sequences", (0..19).map(|s| (s * 3, 1)).collect()),
         ("prompt of 45", vec![(0, 45)]),
+        ("prompts across tiles", vec![(0, 65), (3, 130)]),
         ("prompts, a chunk and decodes", vec![(0, 7), (21, 18), (40, 1), (0, 16), (31, 2), (5, 1)]),
     ]
 }
@@ -201,7 +207,7 @@ impl<A: Backend, B: Backend> Rig<'_, A, B> {
         }
         batch.tokens[0] = TokenInput::Id(0);
         batch.tokens[last] = TokenInput::Id(vocab_size as u32 - 1);
-        let mut x = self.buffer(batch.num_tokens(), hidden_size, &[])?;
+        let mut x = self.buffer(BufferUse::Residual, batch.num_tokens(), hidden_size, &[])?;
         self.a.embed(&batch, &table.a, &mut x.a)?;
         self.b.embed(&batch, &table.b, &mut x.b)?;
         self.compare("embed", "", &x, batch.num_tokens(), hidden_size)
@@ -225,8 +231,8 @@ impl<A: Backend, B: Backend> Rig<'_, A, B> {
                 true => vec![f32::NAN; tokens * hidden],
                 false => self.random.values(tokens * hidden, 2.0),
             };
-            let x = self.buffer(tokens, hidden, &values)?;
-            let mut q = self.buffer(tokens, q_size, &[])?;
+            let x = self.buffer(BufferUse::Residual, tokens, hidden, &values)?;
+            let mut q = self.buffer(BufferUse::Activation, tokens, q_size, &[])?;
             self.a.attn_in(batch, layer, &weights.a, &x.a, &mut kv.a, &mut q.a)?;
             self.b.attn_in(batch, layer, &weights.b, &x.b, &mut kv.b, &mut q.b)?;
             if !poisoned && tokens > 0 {
@@ -235,8 +241,8 @@ impl<A: Backend, B: Backend> Rig<'_, A, B> {
         }
         let tokens = setup.batch.num_tokens();
         let values = self.random.values(tokens * q_size, 2.0);
-        let q = self.buffer(tokens, q_size, &values)?;
-        let mut out = self.buffer(tokens, q_size, &[])?;
+        let q = self.buffer(BufferUse::Activation, tokens, q_size, &values)?;
+        let mut out = self.buffer(BufferUse::Activation, tokens, q_size, &[])?;
         self.a.attention(&setup.batch, layer, &q.a, &kv.a, &mut out.a)?;
         self.b.attention(&setup.batch, layer, &q.b, &kv.b, &mut out.b)?;
         self.compare("attention", note, &out, tokens, q_size)
@@ -279,8 +285,8 @@ impl<A: Backend, B: Backend> Rig<'_, A, B> {
         let norm = self.vector(hidden_size)?;
         let gate_up = self.matrices(WeightUse::GateUp, &[intermediate_size; 2], hidden_size)?;
         let values = self.random.values(tokens * hidden_size, 2.0);
-        let x = self.buffer(tokens, hidden_size, &values)?;
-        let mut out = self.buffer(tokens, intermediate_size, &[])?;
+        let x = self.buffer(BufferUse::Residual, tokens, hidden_size, &values)?;
+        let mut out = self.buffer(BufferUse::Activation, tokens, intermediate_size, &[])?;
         self.a.mlp_in(&setup.batch, &MlpIn { norm: norm.a, gate_up: gate_up.a }, &x.a, &mut out.a)?;
         self.b.mlp_in(&setup.batch, &MlpIn { norm: norm.b, gate_up: gate_up.b }, &x.b, &mut out.b)?;
         self.compare("mlp_in", "", &out, tokens, intermediate_size)
@@ -302,8 +308,8 @@ impl<A: Backend, B: Backend> Rig<'_, A, B> {
         let norm = self.vector(hidden_size)?;
         let lm_head = self.matrices(WeightUse::Embedding, &[vocab_size], hidden_size)?;
         let values = self.random.values(batch.num_tokens() * hidden_size, 2.0);
-        let x = self.buffer(batch.num_tokens(), hidden_size, &values)?;
-        let mut logits = self.buffer(samples, vocab_size, &[])?;
+        let x = self.buffer(BufferUse::Residual, batch.num_tokens(), hidden_size, &values)?;
+        let mut logits = self.buffer(BufferUse::Logits, samples, vocab_size, &[])?;
         let head = Head { norm: norm.a, lm_head: lm_head.a };
         self.a.logits(batch, &head, &x.a, &mut logits.a)?;
         let head = Head { norm: norm.b, lm_head: lm_head.b };
@@ -334,7 +340,7 @@ impl<A: Backend, B: Backend> Rig<'_, A, B> {
             let mut batch = Batch::default();
             batch.tokens.extend(tokens.iter().enumerate().rev().map(|(row, &id)| input(row, id)));
             batch.positions.resize(tokens.len(), 0);
-            let mut x = self.b.buffer(tokens.len(), hidden)?;
+            let mut x = self.b.buffer(BufferUse::Residual, tokens.len(), hidden)?;
             self.b.embed(&batch, table, &mut x)?;
             self.b.download(&x, tokens.len(), hidden)
         };
@@ -355,7 +361,8 @@ impl<A: Backend, B: Backend> Rig<'_, A, B> {
         let weight = self.matrices(WeightUse::Linear, &[hidden], width)?;
         let input = self.random.values(tokens * width, 2.0);
         let residual = self.random.values(tokens * hidden, 2.0);
-        Ok((weight, self.buffer(tokens, width, &input)?, self.buffer(tokens, hidden, &residual)?))
+        let input = self.buffer(BufferUse::Activation, tokens, width, &input)?;
+        Ok((weight, input, self.buffer(BufferUse::Residual, tokens, hidden, &residual)?))
     }
 
     /// A gain or a bias.
@@ -387,11 +394,18 @@ impl<A: Backend, B: Backend> Rig<'_, A, B> {
     }
 
     /// A buffer with `values` in its first rows; the others, and some beyond, hold NaN.
-    fn buffer(&mut self, rows: usize, columns: usize, values: &[f32]) -> anyhow::Result<Bufs<A, B>> {
+    fn buffer(
+        &mut self,
+        usage: BufferUse,
+        rows: usize,
+        columns: usize,
+        values: &[f32],
+    ) -> anyhow::Result<Bufs<A, B>> {
         let rows = rows + 3;
         let mut filled = vec![f32::NAN; rows * columns];
         filled[..values.len()].copy_from_slice(values);
-        let mut bufs = Both { a: self.a.buffer(rows, columns)?, b: self.b.buffer(rows, columns)? };
+        let mut bufs =
+            Both { a: self.a.buffer(usage, rows, columns)?, b: self.b.buffer(usage, rows, columns)? };
         self.a.fill(&mut bufs.a, &filled)?;
         self.b.fill(&mut bufs.b, &filled)?;
         Ok(bufs)

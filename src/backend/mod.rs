@@ -12,6 +12,7 @@ mod stack;
 
 pub use batch::{Batch, Sampling, TokenInput};
 pub use cpu::{Cpu, CpuDType};
+pub use cuda::{Cuda, CudaDType, CudaOptions};
 pub use reference::Reference;
 
 use crate::weights::HostTensor;
@@ -97,6 +98,17 @@ pub struct Head<W> {
     pub lm_head: W,
 }
 
+/// What a buffer of activations holds: a backend may keep each in another type.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BufferUse {
+    /// The residual stream, `[tokens, hidden_size]`: sums of all layers, so never rounded below f32.
+    Residual,
+    /// Operands of products and of attention.
+    Activation,
+    /// `[samples, vocab_size]`
+    Logits,
+}
+
 /// Memory a backend holds, bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Memory {
@@ -151,7 +163,7 @@ pub trait Backend {
     fn upload(&mut self, usage: WeightUse, parts: &[HostTensor<'_>]) -> anyhow::Result<Self::Weight>;
 
     /// Room for `rows * columns` activations; contents are unspecified.
-    fn buffer(&mut self, rows: usize, columns: usize) -> anyhow::Result<Self::Buf>;
+    fn buffer(&mut self, usage: BufferUse, rows: usize, columns: usize) -> anyhow::Result<Self::Buf>;
 
     /// Room for `pages` pages of keys and values in every layer.
     fn kv_cache(&mut self, pages: usize) -> anyhow::Result<Self::Kv>;

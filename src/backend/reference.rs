@@ -8,7 +8,8 @@ use anyhow::ensure;
 
 use super::sampling::{self, SampleQueue};
 use super::{
-    AttnIn, Backend, BackendInfo, Batch, Head, Memory, MlpIn, PAGE_SIZE, Shape, TokenInput, WeightUse, stack,
+    AttnIn, Backend, BackendInfo, Batch, BufferUse, Head, Memory, MlpIn, PAGE_SIZE, Shape, TokenInput,
+    WeightUse, stack,
 };
 use crate::weights::HostTensor;
 
@@ -87,7 +88,7 @@ impl Backend for Reference {
         Ok(Arc::new(Matrix { columns, values }))
     }
 
-    fn buffer(&mut self, rows: usize, columns: usize) -> anyhow::Result<Matrix> {
+    fn buffer(&mut self, _usage: BufferUse, rows: usize, columns: usize) -> anyhow::Result<Matrix> {
         self.memory.activations_bytes += (rows * columns * size_of::<f32>()) as u64;
         Ok(Matrix::poisoned(rows, columns))
     }

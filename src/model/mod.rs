@@ -4,7 +4,7 @@
 use anyhow::Context as _;
 
 use crate::arch::{Config, layer_prefix};
-use crate::backend::{AttnIn, Backend, Batch, Head, MlpIn, Shape, StepKey, WeightUse};
+use crate::backend::{AttnIn, Backend, Batch, BufferUse, Head, MlpIn, Shape, StepKey, WeightUse};
 use crate::weights::{HostTensor, Weights};
 
 /// The shapes a backend needs, from a model's configuration.
@@ -57,11 +57,11 @@ impl<B: Backend> Workspace<B> {
     pub fn new(backend: &mut B, max_tokens: usize, max_samples: usize) -> anyhow::Result<Self> {
         let shape = backend.shape().clone();
         Ok(Workspace {
-            x: backend.buffer(max_tokens, shape.hidden_size)?,
-            q: backend.buffer(max_tokens, shape.q_size())?,
-            attended: backend.buffer(max_tokens, shape.q_size())?,
-            activated: backend.buffer(max_tokens, shape.intermediate_size)?,
-            logits: backend.buffer(max_samples, shape.vocab_size)?,
+            x: backend.buffer(BufferUse::Residual, max_tokens, shape.hidden_size)?,
+            q: backend.buffer(BufferUse::Activation, max_tokens, shape.q_size())?,
+            attended: backend.buffer(BufferUse::Activation, max_tokens, shape.q_size())?,
+            activated: backend.buffer(BufferUse::Activation, max_tokens, shape.intermediate_size)?,
+            logits: backend.buffer(BufferUse::Logits, max_samples, shape.vocab_size)?,
         })
     }
 }

@@ -114,7 +114,7 @@ impl<const IN_FLIGHT: usize> Backend for HashBackend<IN_FLIGHT> {
         Ok(())
     }
 
-    fn buffer(&mut self, rows: usize, _columns: usize) -> anyhow::Result<Vec<u64>> {
+    fn buffer(&mut self, _: BufferUse, rows: usize, _columns: usize) -> anyhow::Result<Vec<u64>> {
         Ok(vec![0xdead; rows])
     }
 

@@ -18,7 +18,8 @@ use self::product::product;
 pub use self::weight::CpuWeight;
 use super::sampling::{self, SampleQueue};
 use super::{
-    AttnIn, Backend, BackendInfo, Batch, Head, Memory, MlpIn, Shape, StepKey, TokenInput, WeightUse,
+    AttnIn, Backend, BackendInfo, Batch, BufferUse, Head, Memory, MlpIn, Shape, StepKey, TokenInput,
+    WeightUse,
 };
 use crate::weights::HostTensor;
 
@@ -240,7 +241,7 @@ impl Backend for Cpu {
         Ok(weight)
     }
 
-    fn buffer(&mut self, rows: usize, columns: usize) -> anyhow::Result<CpuBuf> {
+    fn buffer(&mut self, _usage: BufferUse, rows: usize, columns: usize) -> anyhow::Result<CpuBuf> {
         self.memory.activations_bytes += (rows * columns * size_of::<f32>()) as u64;
         Ok(CpuBuf(vec![f32::NAN; rows * columns]))
     }

@@ -54,6 +54,17 @@ pub struct Device {
     pub compute_capability: Result<(i32, i32), Unavailable>,
 }
 
+impl Device {
+    /// Why the kernels cannot run on it; none when they can.
+    pub fn unusable(&self) -> Option<String> {
+        let capability = match &self.compute_capability {
+            Ok(capability) => *capability,
+            Err(error) => return Some(error.to_string()),
+        };
+        super::architecture(capability).err().map(|error| error.to_string())
+    }
+}
+
 /// Whether the driver library can be loaded. cudarc panics in every other call when it cannot.
 #[allow(unsafe_code)]
 pub fn is_present() -> bool {
@@ -65,6 +76,11 @@ pub fn is_present() -> bool {
 /// Newest CUDA version that the driver supports, `13.0`. Missing when the driver cannot be started either.
 pub fn driver_version() -> Result<String, Unavailable> {
     start().map(dotted)
+}
+
+/// The same as CUDA encodes it: 1000 major + 10 minor.
+pub(super) fn cuda_version() -> Result<i32, Unavailable> {
+    start()
 }
 
 /// The devices in CUDA's order; `CUDA_VISIBLE_DEVICES` has been applied.
@@ -91,7 +107,7 @@ fn start() -> Result<i32, Unavailable> {
 }
 
 #[allow(unsafe_code)]
-fn describe(ordinal: i32, device: sys::CUdevice) -> Device {
+pub(super) fn describe(ordinal: i32, device: sys::CUdevice) -> Device {
     use sys::CUdevice_attribute::{
         CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR as MAJOR,
         CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR as MINOR,

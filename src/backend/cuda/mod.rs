@@ -1,4 +1,33 @@
-//! The CUDA backend. So far it only finds the driver, its devices and the libraries that kernels will need; no kernel
-//! runs yet, and `cuda:N` is refused.
+//! The CUDA backend: our kernels (`kernels/*.cu`), compiled for the very device, launched in one stream. From below:
+//! `library`/`preload` find the software, `error` names what fails, `context`, `memory`, `module` and `launch` own one
+//! driver object each, `compile`/`cubins`/`nvrtc` make images, `staging` brings a batch to the device, `kernels` is the
+//! table of entries, and `ops` puts them together as a [`super::Backend`]. All `unsafe` code of the crate that computes
+//! is in this folder.
 
+mod attend;
+mod buffers;
+mod compile;
+mod context;
+mod convert;
+mod cubins;
+mod device;
+mod error;
+mod kernels;
+mod launch;
 pub mod library;
+mod memory;
+mod module;
+mod nvrtc;
+mod ops;
+mod preload;
+mod products;
+mod queue;
+mod samples;
+mod staging;
+
+pub use buffers::{CudaBuf, CudaKv, CudaWeight};
+pub use compile::{Origin, architecture, has_prebuilt_kernels};
+pub use context::Properties;
+pub use convert::CudaDType;
+pub use device::{Cuda, CudaOptions, supports};
+pub use error::{CudaError, OutOfMemory, is_device_error};

@@ -1,11 +1,10 @@
 //! Findings about the devices, the CUDA driver and the libraries that kernels need.
 
 use super::{Asked, Section, Status};
+use crate::backend::cuda;
 use crate::backend::cuda::library::{Device, Found, LIBRARIES, SEARCH_VARIABLE, Unavailable};
 use crate::record::machine::Machine;
 use crate::units::format_bytes;
-
-const NOT_YET: &str = "this version runs models on cpu only; cuda:N cannot run yet";
 
 /// The devices, and whether the one that was asked for can run.
 pub(super) fn look(
@@ -15,22 +14,36 @@ pub(super) fn look(
     libraries: &[Found],
 ) -> (Section, bool) {
     let mut section = Section::new("devices");
-    let what = if asked == Asked::Auto { "cpu (auto chooses it)" } else { "cpu" };
-    section.ok(what, "can run");
+    let usable = devices.iter().flatten().find(|device| device.unusable().is_none());
+    let chosen = |is_chosen: bool| if asked == Asked::Auto && is_chosen { " (auto chooses it)" } else { "" };
+    section.ok(format!("cpu{}", chosen(usable.is_none())), "can run");
     match devices {
         Ok(devices) if devices.is_empty() => {
             section.missing("cuda", "the driver shows no device", no_device_remedy())
         }
-        Ok(devices) => devices.iter().for_each(|device| present(&mut section, device)),
+        Ok(devices) => devices.iter().for_each(|device| {
+            let is_chosen = usable.is_some_and(|usable| usable.index == device.index);
+            present(&mut section, device, chosen(is_chosen));
+        }),
         Err(error) => {
             section.missing("cuda", error.to_string(), Some(&driver_remedy(error, machine, libraries)))
         }
     }
     driver(&mut section, machine);
-    if let Asked::Cuda(index) = asked {
-        section.missing(format!("asked: cuda:{index}"), refusal(index, devices), Some("use --device cpu"));
+    let Asked::Cuda(index) = asked else { return (section, true) };
+    let refusal = refusal(index, devices).or_else(|| no_compiler(libraries));
+    let can_run = refusal.is_none();
+    if let Some(refusal) = refusal {
+        section.missing(format!("asked: cuda:{index}"), refusal, Some("use --device cpu"));
     }
-    (section, !matches!(asked, Asked::Cuda(_)))
+    (section, can_run)
+}
+
+/// Kernels are compiled for the very device, unless they were when this binary was built.
+fn no_compiler(libraries: &[Found]) -> Option<String> {
+    let is_here = libraries.iter().any(|file| file.library == "libnvrtc.so");
+    (!is_here && !cuda::has_prebuilt_kernels())
+        .then(|| "the kernel compiler libnvrtc.so is missing".to_owned())
 }
 
 /// Where each library was found first.
@@ -53,12 +66,16 @@ pub(super) fn libraries(found: &[Found]) -> Section {
     section
 }
 
-fn present(section: &mut Section, device: &Device) {
+fn present(section: &mut Section, device: &Device, chosen: &str) {
     let name = text(&device.name, String::clone);
     let memory = text(&device.memory_bytes, |bytes| format_bytes(*bytes));
     let capability = text(&device.compute_capability, |(major, minor)| format!("{major}.{minor}"));
-    let value = format!("{name}, {memory}, compute capability {capability}: {NOT_YET}");
-    section.add(Status::Warn, format!("cuda:{}", device.index), value, None);
+    let (status, verdict) = match device.unusable() {
+        None => (Status::Ok, "can run".to_owned()),
+        Some(reason) => (Status::Warn, format!("cannot run: {reason}")),
+    };
+    let value = format!("{name}, {memory}, compute capability {capability}: {verdict}");
+    section.add(status, format!("cuda:{}{chosen}", device.index), value, None);
 }
 
 fn text<T>(value: &Result<T, Unavailable>, print: impl FnOnce(&T) -> String) -> String {
@@ -75,11 +92,13 @@ fn driver(section: &mut Section, machine: &Machine) {
     }
 }
 
-fn refusal(index: u32, devices: &Result<Vec<Device>, Unavailable>) -> String {
+fn refusal(index: u32, devices: &Result<Vec<Device>, Unavailable>) -> Option<String> {
     match devices {
-        Ok(devices) if devices.iter().any(|device| device.index == index) => NOT_YET.to_owned(),
-        Ok(devices) => format!("no such device: the driver shows {}", devices.len()),
-        Err(error) => error.to_string(),
+        Ok(found) => match found.iter().find(|device| device.index == index) {
+            Some(device) => device.unusable(),
+            None => Some(format!("no such device: the driver shows {}", found.len())),
+        },
+        Err(error) => Some(error.to_string()),
     }
 }
 
@@ -135,19 +154,26 @@ mod tests {
     }
 
     #[test]
-    fn the_cpu_runs_and_a_gpu_is_plainly_said_not_to() {
+    fn auto_chooses_the_first_device_that_can_run() {
         let (text, can_run) = text_of(Asked::Auto, &Ok(vec![h200()]), &[]);
+        assert!(can_run && text.contains("cpu: can run"), "{text}");
+        let line = "cuda:0 (auto chooses it): NVIDIA H200, 141 GiB, compute capability 9.0: can run";
+        assert!(text.contains(line), "{text}");
+        let old = Device { compute_capability: Ok((7, 5)), ..h200() };
+        let (text, can_run) = text_of(Asked::Auto, &Ok(vec![old]), &[]);
         assert!(can_run && text.contains("cpu (auto chooses it): can run"), "{text}");
-        assert!(
-            text.contains("cuda:0: NVIDIA H200, 141 GiB, compute capability 9.0: this version runs"),
-            "{text}"
-        );
+        assert!(text.contains("cannot run: compute capability 7.5 is too old"), "{text}");
     }
 
     #[test]
-    fn a_gpu_that_was_asked_for_cannot_run_and_says_why() {
-        let (text, can_run) = text_of(Asked::Cuda(0), &Ok(vec![h200()]), &[]);
-        assert!(!can_run && text.contains("asked: cuda:0: this version runs models on cpu only"), "{text}");
+    fn a_gpu_that_was_asked_for_runs_or_says_why_not() {
+        let compiler = Found { library: "libnvrtc.so", path: "/lib/libnvrtc.so.13".into(), rule: "system" };
+        let (text, can_run) = text_of(Asked::Cuda(0), &Ok(vec![h200()]), &[compiler]);
+        assert!(can_run && !text.contains("asked"), "{text}");
+        if !cuda::has_prebuilt_kernels() {
+            let (text, can_run) = text_of(Asked::Cuda(0), &Ok(vec![h200()]), &[]);
+            assert!(!can_run && text.contains("asked: cuda:0: the kernel compiler"), "{text}");
+        }
         let (text, can_run) = text_of(Asked::Cuda(4), &Ok(vec![h200()]), &[]);
         assert!(!can_run && text.contains("asked: cuda:4: no such device: the driver shows 1"), "{text}");
         let (text, can_run) = text_of(Asked::Cuda(0), &Err(Unavailable::NoLibrary), &[]);

@@ -3,7 +3,8 @@
 
 use anyhow::Context as _;
 
-use super::{Args, DType, EngineChoice};
+use super::target::Target;
+use super::{Args, EngineChoice};
 use crate::cmd::{bad_file, usage};
 use crate::engine::FakeScript;
 use crate::record::{CostModel, Workload};
@@ -30,8 +31,7 @@ pub(super) struct Choices {
     pub(super) model_is_explicit: bool,
     /// Seed of synthetic weights, if those are asked for.
     pub(super) synthetic_seed: Option<u64>,
-    pub(super) dtype: DType,
-    pub(super) device: String,
+    pub(super) target: Target,
     pub(super) threads: Option<usize>,
     pub(super) chunk: usize,
     pub(super) kv_memory_bytes: Option<u64>,
@@ -70,8 +70,10 @@ impl Choices {
             model: args.model.clone().unwrap_or_else(|| DEFAULT_MODEL.to_owned()),
             model_is_explicit: args.model.is_some(),
             synthetic_seed: synthetic_seed(&args.weights)?,
-            dtype: args.dtype,
-            device: device(&args.device, fake.is_some())?,
+            target: match fake {
+                Some(_) => Target::Fake,
+                None => Target::settle(&args.device, args.dtype, args.deterministic)?,
+            },
             threads: args.threads,
             chunk: args.chunk,
             kv_memory_bytes: kv_memory_bytes.map_err(|error| usage(format!("--kv-memory: {error}")))?,
@@ -97,7 +99,7 @@ impl Choices {
             "model    {}{}\ndevice   {}\nsuite    {}\nruns     {} per cell, windows of at least {} s\n\n",
             self.model,
             self.synthetic_seed.map_or(String::new(), |seed| format!(" (synthetic weights, seed {seed})")),
-            self.device,
+            self.target,
             self.suite.as_deref().unwrap_or("from the command line"),
             self.protocol.repeat,
             self.protocol.min_window_ns as f64 / NANOS_PER_SECOND,
@@ -223,18 +225,5 @@ fn synthetic_seed(text: &str) -> anyhow::Result<Option<u64>> {
         None if text == "synthetic" => Ok(Some(0)),
         Some(("synthetic", seed)) if seed.parse::<u64>().is_ok() => Ok(seed.parse().ok()),
         _ => Err(usage(format!("--weights is '{text}', expected checkpoint, synthetic or synthetic:SEED"))),
-    }
-}
-
-fn device(text: &str, fake: bool) -> anyhow::Result<String> {
-    if fake {
-        return Ok("fake".to_owned());
-    }
-    match text {
-        "auto" | "cpu" => Ok("cpu".to_owned()),
-        _ if text.strip_prefix("cuda:").is_some_and(|index| index.parse::<u32>().is_ok()) => {
-            Err(anyhow::anyhow!("device {text} cannot run: this version of tokmeter computes on cpu only"))
-        }
-        _ => Err(usage(format!("--device is '{text}', expected auto, cpu or cuda:N"))),
     }
 }

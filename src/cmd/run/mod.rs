@@ -5,6 +5,7 @@ mod choices;
 mod model;
 mod record;
 mod start;
+mod target;
 mod view;
 
 use std::path::{Path, PathBuf};
@@ -48,12 +49,15 @@ pub struct Args {
     /// The checkpoint's own weights, or made-up values of its shapes
     #[arg(long, value_name = "checkpoint|synthetic[:SEED]", default_value = "checkpoint")]
     weights: String,
-    /// What weights and products are kept in
-    #[arg(long, value_enum, default_value_t = DType::F32)]
-    dtype: DType,
+    /// What weights and products are kept in [default: bf16 on cuda, f32 on cpu]
+    #[arg(long, value_enum)]
+    dtype: Option<DType>,
     /// auto, cpu or cuda:N
     #[arg(long, default_value = "auto")]
     device: String,
+    /// On cuda: the same output bits for a sequence whatever else is in the batch, at some cost
+    #[arg(long)]
+    deterministic: bool,
     /// CPU threads that compute [default: the cores this process may use]
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
@@ -124,10 +128,14 @@ pub struct Args {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum DType {
-    /// 32-bit floating point; quantised checkpoints are dequantised
+    /// 32-bit floating point; quantised checkpoints are dequantised (cpu)
     F32,
-    /// The checkpoint's own quantised blocks
+    /// The checkpoint's own quantised blocks (cpu)
     Quantized,
+    /// 16-bit floating point with the range of f32, sums in f32 (cuda)
+    Bf16,
+    /// 16-bit floating point with a longer mantissa, sums in f32 (cuda)
+    F16,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -159,7 +167,7 @@ pub fn run(args: Args) -> anyhow::Result<u8> {
     let mut started = start::start(&choices, &stop, &view)?;
     let clock = started.clock.clone();
     let out = args.out.unwrap_or_else(|| {
-        let device = choices.device.replace(':', "");
+        let device = choices.target.to_string().replace(':', "");
         PathBuf::from(format!("tokmeter-{device}-{}.json", file_stamp_utc(clock.unix_ns())))
     });
     let mut record = record::open(&choices, &started);
@@ -198,7 +206,7 @@ fn measure_all(
             clock: started.clock.clone(),
             witness: witness_for(&started.clock),
             stop,
-            device: choices.device.clone(),
+            device: choices.target.to_string(),
             on_run: &mut on_run,
         };
         let cell = runner::measure(&mut stage, workload, &choices.protocol);

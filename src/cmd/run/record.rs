@@ -20,10 +20,9 @@ pub(super) fn open(choices: &Choices, started: &Started) -> Record {
     if let Some(sentence) = machine::warning(&interference) {
         remark(&format!("warning: {sentence}"));
     }
-    let fake = choices.fake.as_ref().map(|_| "fake engine: step times come from a script".to_owned());
     Record {
         schema: SCHEMA.to_owned(),
-        not_a_measurement: fake,
+        not_a_measurement: started.not_a_measurement.clone(),
         tool: Tool { name: env!("CARGO_PKG_NAME").to_owned(), version: env!("CARGO_PKG_VERSION").to_owned() },
         command: command(choices),
         started_at: rfc3339_utc(started.clock.unix_ns()),
@@ -79,7 +78,7 @@ fn engine(choices: &Choices, started: &Started) -> Engine {
     Engine {
         name: info.name.to_owned(),
         backend: info.backend.name.to_owned(),
-        device: choices.device.clone(),
+        device: choices.target.to_string(),
         compute_dtype: info.backend.compute_dtype.to_owned(),
         kv_dtype: info.backend.kv_dtype.to_owned(),
         threads: info.backend.threads as u32,

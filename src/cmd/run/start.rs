@@ -2,12 +2,13 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::DType;
 use super::choices::Choices;
 use super::model::{self, Opened};
+use super::target::Target;
 use super::view::View;
 use crate::arch::Config;
-use crate::backend::{Backend, Cpu, CpuDType, cpu};
+use crate::backend::cuda::is_device_error;
+use crate::backend::{Backend, Cpu, Cuda, Shape, cpu};
 use crate::clock::Clock;
 use crate::cmd::{Interrupted, bad_file, usage};
 use crate::engine::{
@@ -27,15 +28,28 @@ pub(super) struct Started {
     pub(super) config: Config,
     pub(super) weights: WeightsRecord,
     pub(super) load_ns: u64,
+    /// Why the record is none of this machine's speed.
+    pub(super) not_a_measurement: Option<String>,
 }
 
 /// # Errors
 /// When the model cannot be had or a cell does not fit it; nothing was measured then.
 pub(super) fn start(choices: &Choices, stop: &AtomicBool, view: &View) -> anyhow::Result<Started> {
-    match &choices.fake {
-        Some(script) => start_fake(choices, script),
-        None => start_cpu(choices, stop, view),
+    match (choices.target, &choices.fake) {
+        (_, Some(script)) => start_fake(choices, script),
+        (Target::Fake, None) => start_fake(choices, &FakeScript::default()),
+        (Target::Cpu(dtype), None) => {
+            start_llm(choices, stop, view, |shape| Ok(Cpu::new(shape, dtype)), |_| None)
+        }
+        (Target::Cuda { index, options }, None) => {
+            start_llm(choices, stop, view, |shape| Cuda::new(index, shape, options), not_a_measurement)
+        }
     }
+}
+
+fn not_a_measurement(cuda: &Cuda) -> Option<String> {
+    let is_emulated = cuda.properties().is_emulated();
+    is_emulated.then(|| "emulated GPU: a stand-in driver ran the kernels on the CPU".to_owned())
 }
 
 fn start_fake(choices: &Choices, script: &FakeScript) -> anyhow::Result<Started> {
@@ -55,23 +69,28 @@ fn start_fake(choices: &Choices, script: &FakeScript) -> anyhow::Result<Started>
             files: Vec::new(),
         },
         load_ns: 0,
+        not_a_measurement: Some("fake engine: step times come from a script".to_owned()),
     })
 }
 
-fn start_cpu(choices: &Choices, stop: &AtomicBool, view: &View) -> anyhow::Result<Started> {
+fn start_llm<B: Backend + 'static>(
+    choices: &Choices,
+    stop: &AtomicBool,
+    view: &View,
+    make: impl FnOnce(Shape) -> anyhow::Result<B>,
+    not_a_measurement: impl FnOnce(&B) -> Option<String>,
+) -> anyhow::Result<Started> {
     cpu::set_threads(choices.threads.unwrap_or_else(cpu::default_threads))?;
     let clock = Clock::monotonic();
     let Opened { name, weights, record } = model::open_model(choices, view)?;
     let begin_ns = clock.now_ns();
     let config = weights.config().clone();
-    let dtype = match choices.dtype {
-        DType::F32 => CpuDType::F32,
-        DType::Quantized => CpuDType::Quantized,
-    };
-    let mut backend = Cpu::new(shape_of(&config), dtype);
+    let mut backend = make(shape_of(&config))?;
+    let not_a_measurement = not_a_measurement(&backend);
     let limits = limits(choices, &config, Some(backend.page_bytes()))?;
     let bar = view.bytes("loading weights", record.stored_bytes.values().sum());
-    let model = Model::load(&mut backend, weights.as_ref(), &mut |bytes| bar.inc(bytes)).map_err(bad_file)?;
+    let model = Model::load(&mut backend, weights.as_ref(), &mut |bytes| bar.inc(bytes))
+        .map_err(|error| if is_device_error(&error) { error } else { bad_file(error) })?;
     bar.finish_and_clear();
     drop(weights);
     if stop.load(Ordering::Relaxed) {
@@ -79,7 +98,8 @@ fn start_cpu(choices: &Choices, stop: &AtomicBool, view: &View) -> anyhow::Resul
     }
     let engine = LlmEngine::new(backend, model, limits, clock.clone())?;
     let load_ns = clock.now_ns() - begin_ns;
-    Ok(Started { engine: Box::new(engine), clock, model_name: name, config, weights: record, load_ns })
+    let engine = Box::new(engine);
+    Ok(Started { engine, clock, model_name: name, config, weights: record, load_ns, not_a_measurement })
 }
 
 /// What the engine must hold for every cell. `page_bytes` is given where `--kv-memory` can bound it.

@@ -1,0 +1,229 @@
+//! From the kernel sources in this binary to an image that the opened device can load. In this order: a CUBIN that was
+//! embedded when the binary was built, one from the cache on disk, one that NVRTC makes now.
+
+use std::path::PathBuf;
+
+use anyhow::Context as _;
+
+use super::context::Properties;
+use super::cubins::{self, Cubins};
+use super::{nvrtc, preload};
+use crate::weights::fetch;
+
+/// One kernel file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Source {
+    /// File name without `.cu`.
+    pub name: &'static str,
+    pub text: &'static str,
+}
+
+macro_rules! source {
+    ($name:literal) => {
+        Source { name: $name, text: include_str!(concat!("../../../kernels/", $name, ".cu")) }
+    };
+}
+
+pub const EMBED: Source = source!("embed");
+pub const NORM: Source = source!("norm");
+pub const GEMM: Source = source!("gemm");
+pub const ROPE: Source = source!("rope");
+pub const ATTENTION: Source = source!("attention");
+pub const SAMPLE: Source = source!("sample");
+
+/// What the sources include.
+const HEADERS: [(&str, &str); 2] = [
+    ("common.cuh", include_str!("../../../kernels/common.cuh")),
+    ("ptx.cuh", include_str!("../../../kernels/ptx.cuh")),
+];
+
+/// Options beside the architecture.
+const OPTIONS: [&str; 2] = ["--std=c++17", "-default-device"];
+
+/// A CUBIN embedded by the build script from `kernels/prebuilt/`.
+struct Prebuilt {
+    /// `<source>.<arch>.<source key>`
+    name: &'static str,
+    image: &'static [u8],
+}
+
+include!(concat!(env!("OUT_DIR"), "/prebuilt.rs"));
+
+/// How an image came to be, for the record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin {
+    Prebuilt,
+    Cache,
+    Compiled,
+    /// The stand-in driver was compiled from the same sources and takes their text.
+    Emulated,
+}
+
+/// Whether this binary carries compiled kernels.
+pub fn has_prebuilt_kernels() -> bool {
+    !PREBUILT.is_empty()
+}
+
+/// The architecture that kernels are compiled for, for this device alone: `sm_90a`.
+///
+/// # Errors
+/// When the device is too old for the kernels.
+pub fn architecture((major, minor): (i32, i32)) -> anyhow::Result<String> {
+    // These have instructions that only they have.
+    const SPECIFIC: [(i32, i32); 5] = [(9, 0), (10, 0), (10, 3), (12, 0), (12, 1)];
+    anyhow::ensure!(major >= 8, "compute capability {major}.{minor} is too old, expected at least 8.0");
+    let suffix = if SPECIFIC.contains(&(major, minor)) { "a" } else { "" };
+    Ok(format!("sm_{major}{minor}{suffix}"))
+}
+
+/// Turns sources into images for one device. The compiler is only looked for when it is needed.
+pub(super) struct Compiler {
+    architecture: String,
+    is_emulated: bool,
+    driver_cuda_version: i32,
+    cubins: Option<Cubins>,
+    /// Version, once the compiler was found.
+    nvrtc: Option<String>,
+}
+
+impl Compiler {
+    /// # Errors
+    /// When the device is too old for the kernels.
+    pub(super) fn new(device: &Properties) -> anyhow::Result<Self> {
+        let cache: Option<PathBuf> = fetch::cache_folder(|name| std::env::var_os(name)).ok();
+        Ok(Compiler {
+            architecture: architecture(device.compute_capability)?,
+            is_emulated: device.is_emulated(),
+            driver_cuda_version: device.driver_cuda_version,
+            cubins: cache.map(|cache| Cubins::at(cubins::folder(&cache))),
+            nvrtc: None,
+        })
+    }
+
+    /// # Errors
+    /// When there is no image and no compiler, or it refuses the source.
+    pub(super) fn image(&mut self, source: Source) -> anyhow::Result<(Vec<u8>, Origin)> {
+        if self.is_emulated {
+            return Ok((source.text.as_bytes().to_vec(), Origin::Emulated));
+        }
+        if let Some(image) = prebuilt(source, &self.architecture) {
+            return Ok((image.to_vec(), Origin::Prebuilt));
+        }
+        let version = self.find_nvrtc()?;
+        let key = cache_key(source, &self.architecture, &version);
+        if let Some(image) = self.cubins.as_ref().and_then(|cubins| cubins.get(&key)) {
+            return Ok((image, Origin::Cache));
+        }
+        let image = compile(source, &self.architecture)
+            .with_context(|| format!("NVRTC {version} for {}", self.architecture))?;
+        if let Some(cubins) = &self.cubins {
+            // A full or read-only disk costs the next run some seconds.
+            let _ = cubins.put(&key, &image);
+        }
+        Ok((image, Origin::Compiled))
+    }
+
+    fn find_nvrtc(&mut self) -> anyhow::Result<String> {
+        if let Some(version) = &self.nvrtc {
+            return Ok(version.clone());
+        }
+        preload::nvrtc(self.driver_cuda_version)?;
+        let version = nvrtc::version()?;
+        self.nvrtc = Some(version.clone());
+        Ok(version)
+    }
+}
+
+/// # Errors
+/// With the compiler's log. The compiler must be ready.
+fn compile(source: Source, architecture: &str) -> anyhow::Result<Vec<u8>> {
+    let mut options = vec![format!("--gpu-architecture={architecture}")];
+    options.extend(OPTIONS.map(str::to_owned));
+    nvrtc::compile(&format!("{}.cu", source.name), source.text, &HEADERS, &options)
+}
+
+/// What the text of the kernels depends on; `scripts/prebuild_kernels.py` computes the same.
+fn source_key(source: Source) -> String {
+    let options = OPTIONS.join("\n");
+    let headers = HEADERS.iter().flat_map(|(name, text)| [name.as_bytes(), text.as_bytes()]);
+    cubins::digest([options.as_bytes(), source.text.as_bytes()].into_iter().chain(headers))
+}
+
+fn cache_key(source: Source, architecture: &str, nvrtc_version: &str) -> String {
+    cubins::digest([source_key(source).as_bytes(), architecture.as_bytes(), nvrtc_version.as_bytes()])
+}
+
+fn prebuilt(source: Source, architecture: &str) -> Option<&'static [u8]> {
+    let name = format!("{}.{architecture}.{}", source.name, source_key(source));
+    PREBUILT.iter().find(|prebuilt| prebuilt.name == name).map(|prebuilt| prebuilt.image)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_device_gets_its_own_architecture() {
+        let named = |capability| architecture(capability).unwrap();
+        assert_eq!(
+            [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1)].map(named),
+            ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_103a", "sm_120a", "sm_121a"]
+        );
+        assert_eq!(named((13, 0)), "sm_130");
+        let error = architecture((7, 5)).unwrap_err().to_string();
+        assert_eq!(error, "compute capability 7.5 is too old, expected at least 8.0");
+    }
+
+    /// Without a compiler here this proves nothing; `scripts/kernel_matrix.py` compiles every kernel for every device.
+    #[test]
+    fn sources_compile_once_and_a_broken_cache_entry_is_made_again() {
+        if let Err(error) = preload::nvrtc(13_000) {
+            let required = std::env::var_os("TOKMETER_REQUIRE_ALL").is_some_and(|value| value == "1");
+            assert!(!required, "waived: {error}");
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let mut compiler = Compiler {
+            architecture: "sm_90a".to_owned(),
+            is_emulated: false,
+            driver_cuda_version: 13_000,
+            cubins: Some(Cubins::at(dir.path().to_owned())),
+            nvrtc: None,
+        };
+        // Not one of ours: those may be embedded.
+        let own = Source {
+            name: "own",
+            text: "#include \"common.cuh\"\nextern \"C\" __global__ void own(float* x) { *x = 1; }",
+        };
+        let (image, origin) = compiler.image(own).unwrap();
+        assert_eq!((&image[..4], origin), (&b"\x7fELF"[..], Origin::Compiled));
+        assert_eq!(compiler.image(own).unwrap(), (image.clone(), Origin::Cache));
+        let entry = std::fs::read_dir(dir.path()).unwrap().next().unwrap().unwrap().path();
+        std::fs::write(&entry, "broken").unwrap();
+        assert_eq!(compiler.image(own).unwrap().1, Origin::Compiled);
+        assert_eq!(compiler.image(own).unwrap().1, Origin::Cache);
+        let wrong = Source { name: "wrong", text: "__global__ void f() { undeclared(); }" };
+        let error = format!("{:#}", compiler.image(wrong).unwrap_err());
+        assert!(
+            error.contains("compiling wrong.cu: ") && error.contains("\"undeclared\" is undefined"),
+            "{error}"
+        );
+        compiler.architecture = "sm_10".to_owned();
+        let error = format!("{:#}", compiler.image(own).unwrap_err());
+        assert!(error.contains("for sm_10"), "{error}");
+    }
+
+    #[test]
+    fn the_cache_key_follows_everything_that_the_image_depends_on() {
+        let (source, other) = (Source { name: "a", text: "x" }, Source { name: "a", text: "y" });
+        let key = cache_key(source, "sm_90a", "13.0");
+        assert_eq!(key, cache_key(source, "sm_90a", "13.0"));
+        for changed in [
+            cache_key(other, "sm_90a", "13.0"),
+            cache_key(source, "sm_90", "13.0"),
+            cache_key(source, "sm_90a", "13.1"),
+        ] {
+            assert_ne!(key, changed);
+        }
+    }
+}

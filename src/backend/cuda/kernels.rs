@@ -1,0 +1,119 @@
+//! The kernels that one backend launches, looked up once for its type and head size. Their arguments are documented at
+//! the top of each `kernels/*.cu`.
+
+use std::sync::Arc;
+
+use super::compile::{self, Compiler, Origin, Source};
+use super::context::Context;
+use super::convert::CudaDType;
+use super::module::{Kernel, Module};
+
+/// Head sizes that the attention kernels are made for.
+pub(super) const HEAD_DIMS: [usize; 6] = [16, 32, 64, 96, 128, 256];
+/// Query heads that may share one key/value head: the rows of an mma.
+pub(super) const MAX_GROUP: usize = 16;
+
+/// What a product does with its sums.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Epilogue {
+    /// `y = `, f32
+    Store,
+    /// `y += `, f32
+    Residual,
+    /// `y = silu(gate) · up`, 16-bit; the weight has twice the columns of `y` as rows
+    Silu,
+}
+
+const EPILOGUES: [(Epilogue, &str); 3] =
+    [(Epilogue::Store, "store_f32"), (Epilogue::Residual, "residual"), (Epilogue::Silu, "silu")];
+
+#[derive(Debug)]
+pub(super) struct Kernels {
+    pub(super) embed: Kernel,
+    pub(super) rms_norm: Kernel,
+    stream: [Kernel; 3],
+    tiled: [Kernel; 3],
+    pub(super) rope_kv: Kernel,
+    pub(super) decode: Kernel,
+    pub(super) decode_shared_bytes: u32,
+    pub(super) prefill: Kernel,
+    pub(super) prefill_shared_bytes: u32,
+    pub(super) sample_stage1: Kernel,
+    pub(super) sample_stage2: Kernel,
+    /// How each module came to be.
+    pub(super) origins: Vec<(&'static str, Origin)>,
+}
+
+impl Kernels {
+    /// # Errors
+    /// When a module cannot be compiled or loaded, or lacks a kernel.
+    pub(super) fn load(context: &Arc<Context>, dtype: CudaDType, head_dim: usize) -> anyhow::Result<Self> {
+        let mut loader =
+            Loader { context, compiler: Compiler::new(context.properties())?, origins: Vec::new() };
+        let t = dtype.name();
+        let (embed, norm, rope) =
+            (loader.module(compile::EMBED)?, loader.module(compile::NORM)?, loader.module(compile::ROPE)?);
+        let (gemm, attention, sample) = (
+            loader.module(compile::GEMM)?,
+            loader.module(compile::ATTENTION)?,
+            loader.module(compile::SAMPLE)?,
+        );
+        let products = |kind: &str| -> anyhow::Result<[Kernel; 3]> {
+            let [a, b, c] = EPILOGUES.map(|(_, name)| gemm.kernel(format!("gemm_{kind}_{t}_{name}")));
+            Ok([a?, b?, c?])
+        };
+        let kernels = Kernels {
+            embed: embed.kernel(format!("embed_{t}"))?,
+            rms_norm: norm.kernel(format!("rms_norm_{t}"))?,
+            stream: products("stream")?,
+            tiled: products("tiled")?,
+            rope_kv: rope.kernel(format!("rope_kv_{t}"))?,
+            decode: attention.kernel(format!("attention_decode_{t}_{head_dim}"))?,
+            decode_shared_bytes: match head_dim {
+                16 | 32 => 32 << 10,
+                96 => 48 << 10,
+                _ => 64 << 10,
+            },
+            prefill: attention.kernel(format!("attention_prefill_{t}_{head_dim}"))?,
+            prefill_shared_bytes: match head_dim {
+                16 | 32 => 16 << 10,
+                64 | 256 => 32 << 10,
+                96 => 48 << 10,
+                _ => 64 << 10,
+            },
+            sample_stage1: sample.kernel("sample_stage1".to_owned())?,
+            sample_stage2: sample.kernel("sample_stage2".to_owned())?,
+            origins: loader.origins,
+        };
+        kernels.decode.allow_shared(kernels.decode_shared_bytes)?;
+        kernels.prefill.allow_shared(kernels.prefill_shared_bytes)?;
+        for kernel in &kernels.stream {
+            kernel.allow_shared(super::products::stream_shared_bytes(super::products::STREAM_ROWS))?;
+        }
+        Ok(kernels)
+    }
+
+    /// For few rows: bound by the bytes of the weight.
+    pub(super) fn stream(&self, epilogue: Epilogue) -> &Kernel {
+        &self.stream[epilogue as usize]
+    }
+
+    /// For any number of rows.
+    pub(super) fn tiled(&self, epilogue: Epilogue) -> &Kernel {
+        &self.tiled[epilogue as usize]
+    }
+}
+
+struct Loader<'a> {
+    context: &'a Arc<Context>,
+    compiler: Compiler,
+    origins: Vec<(&'static str, Origin)>,
+}
+
+impl Loader<'_> {
+    fn module(&mut self, source: Source) -> anyhow::Result<Arc<Module>> {
+        let (image, origin) = self.compiler.image(source)?;
+        self.origins.push((source.name, origin));
+        Ok(Module::load(self.context, source.name, &image)?)
+    }
+}

@@ -1,0 +1,160 @@
+//! Loaded kernel code: modules, the kernels in them, and captured graphs of launches.
+
+use std::ffi::CString;
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use cudarc::driver::sys;
+
+use super::context::{Context, Stream};
+use super::error::{CudaError, check, check_call};
+
+/// Shared memory that a block may have without asking for it.
+const DEFAULT_SHARED_BYTES: u32 = 48 << 10;
+
+/// A loaded image of kernels.
+#[derive(Debug)]
+pub(super) struct Module {
+    context: Arc<Context>,
+    raw: sys::CUmodule,
+}
+
+// SAFETY: a module may be used from any thread whose context is current; the driver locks inside.
+#[allow(unsafe_code)]
+unsafe impl Send for Module {}
+// SAFETY: as above.
+#[allow(unsafe_code)]
+unsafe impl Sync for Module {}
+
+impl Module {
+    /// Loads a CUBIN (or, on the emulated device, source text).
+    #[allow(unsafe_code)]
+    pub(super) fn load(context: &Arc<Context>, name: &str, image: &[u8]) -> Result<Arc<Self>, CudaError> {
+        context.bind()?;
+        let mut terminated = image.to_vec();
+        terminated.push(0);
+        let mut raw = std::ptr::null_mut();
+        // SAFETY: a context is current; the image is terminated as text must be, and outlives the call.
+        check_call(unsafe { sys::cuModuleLoadData(&raw mut raw, terminated.as_ptr().cast()) }, || {
+            format!("cuModuleLoadData of the kernels in {name}.cu")
+        })?;
+        Ok(Arc::new(Module { context: Arc::clone(context), raw }))
+    }
+
+    /// Looks up the kernel `name`.
+    #[allow(unsafe_code)]
+    pub(super) fn kernel(self: &Arc<Self>, name: String) -> anyhow::Result<Kernel> {
+        let c_name = CString::new(name.as_str()).context("a kernel's name has a zero byte")?;
+        let mut function = std::ptr::null_mut();
+        // SAFETY: the module lives, the name is terminated.
+        check_call(
+            unsafe { sys::cuModuleGetFunction(&raw mut function, self.raw, c_name.as_ptr()) },
+            || format!("cuModuleGetFunction of {name}"),
+        )?;
+        Ok(Kernel { _module: Arc::clone(self), function, name })
+    }
+}
+
+impl Drop for Module {
+    #[allow(unsafe_code)]
+    fn drop(&mut self) {
+        if self.context.bind().is_ok() {
+            // SAFETY: loaded in `load` and unloaded once; its kernels hold an `Arc` of it.
+            let _ = unsafe { sys::cuModuleUnload(self.raw) };
+        }
+    }
+}
+
+/// A kernel that can be launched.
+#[derive(Debug)]
+pub(super) struct Kernel {
+    _module: Arc<Module>,
+    function: sys::CUfunction,
+    name: String,
+}
+
+// SAFETY: as for its module.
+#[allow(unsafe_code)]
+unsafe impl Send for Kernel {}
+
+impl Kernel {
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub(super) fn function(&self) -> sys::CUfunction {
+        self.function
+    }
+
+    /// Lets its blocks ask for up to `bytes` of dynamic shared memory.
+    #[allow(unsafe_code)]
+    pub(super) fn allow_shared(&self, bytes: u32) -> Result<(), CudaError> {
+        if bytes <= DEFAULT_SHARED_BYTES {
+            return Ok(());
+        }
+        let which = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        // SAFETY: the function lives as long as its module.
+        check_call(unsafe { sys::cuFuncSetAttribute(self.function, which, bytes as i32) }, || {
+            format!("cuFuncSetAttribute: {bytes} B of shared memory for {}", self.name)
+        })
+    }
+}
+
+/// Launches that were captured once and are queued together.
+#[derive(Debug)]
+pub(super) struct Graph {
+    context: Arc<Context>,
+    raw: sys::CUgraphExec,
+}
+
+// SAFETY: a graph may be launched from any one thread at a time; it has one owner.
+#[allow(unsafe_code)]
+unsafe impl Send for Graph {}
+
+impl Graph {
+    /// What `body` queues in `stream` becomes a graph and is not run. Everything that `body` allocates or waits for
+    /// must have been there before.
+    #[allow(unsafe_code)]
+    pub(super) fn capture(
+        stream: &Stream,
+        body: impl FnOnce() -> anyhow::Result<()>,
+    ) -> anyhow::Result<Self> {
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the stream lives and is not the default one.
+        check("cuStreamBeginCapture_v2", unsafe { sys::cuStreamBeginCapture_v2(stream.raw(), mode) })?;
+        let queued = body();
+        let mut graph = std::ptr::null_mut();
+        // SAFETY: capture was begun on this stream by this thread.
+        let ended =
+            check("cuStreamEndCapture", unsafe { sys::cuStreamEndCapture(stream.raw(), &raw mut graph) });
+        let mut raw = std::ptr::null_mut();
+        // The first thing that went wrong invalidates the capture; its error says more than the end's.
+        let made = queued.and_then(|()| Ok(ended?)).and_then(|()| {
+            // SAFETY: `graph` was just made; the executable one does not need it afterwards.
+            let result = unsafe { sys::cuGraphInstantiateWithFlags(&raw mut raw, graph, 0) };
+            Ok(check("cuGraphInstantiateWithFlags", result)?)
+        });
+        if !graph.is_null() {
+            // SAFETY: made by `cuStreamEndCapture`, destroyed once.
+            let _ = unsafe { sys::cuGraphDestroy(graph) };
+        }
+        made?;
+        Ok(Graph { context: Arc::clone(stream.context()), raw })
+    }
+
+    #[allow(unsafe_code)]
+    pub(super) fn launch(&self, stream: &Stream) -> Result<(), CudaError> {
+        // SAFETY: both live; what the graph reads and writes was checked by its owner to be what was captured.
+        check("cuGraphLaunch", unsafe { sys::cuGraphLaunch(self.raw, stream.raw()) })
+    }
+}
+
+impl Drop for Graph {
+    #[allow(unsafe_code)]
+    fn drop(&mut self) {
+        if self.context.bind().is_ok() {
+            // SAFETY: instantiated in `capture`, destroyed once; a running launch of it still ends.
+            let _ = unsafe { sys::cuGraphExecDestroy(self.raw) };
+        }
+    }
+}

@@ -1,0 +1,117 @@
+//! Which device runs, and in which arithmetic: the two must fit each other.
+
+use super::DType;
+use crate::backend::cuda::library::{self, Device};
+use crate::backend::{CpuDType, CudaDType, CudaOptions};
+use crate::cmd::{remark, usage};
+
+/// What the model runs on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Target {
+    /// The scripted engine.
+    Fake,
+    Cpu(CpuDType),
+    Cuda {
+        index: u32,
+        options: CudaOptions,
+    },
+}
+
+/// As in records: `fake`, `cpu`, `cuda:0`.
+impl std::fmt::Display for Target {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Target::Fake => write!(f, "fake"),
+            Target::Cpu(_) => write!(f, "cpu"),
+            Target::Cuda { index, .. } => write!(f, "cuda:{index}"),
+        }
+    }
+}
+
+impl Target {
+    /// `auto` is the first CUDA device that can run, else the CPU, and says why.
+    ///
+    /// # Errors
+    /// Usage errors: no such device name, or a type that the device does not compute in.
+    pub(super) fn settle(device: &str, dtype: Option<DType>, deterministic: bool) -> anyhow::Result<Self> {
+        let index = device.strip_prefix("cuda:").and_then(|index| index.parse::<u32>().ok());
+        match (device, index) {
+            ("cpu", _) => cpu(dtype),
+            (_, Some(index)) => cuda(index, dtype, deterministic),
+            ("auto", _) => match (dtype, first_usable()) {
+                (Some(DType::F32 | DType::Quantized), _) => cpu(dtype),
+                (_, Ok(index)) => cuda(index, dtype, deterministic),
+                (Some(DType::Bf16 | DType::F16), Err(reason)) => Err(usage(format!(
+                    "--dtype bf16 and f16 are computed on cuda only, and there is no device for them: {reason}"
+                ))),
+                (None, Err(reason)) => {
+                    remark(&format!("device: cpu, since {reason}"));
+                    cpu(dtype)
+                }
+            },
+            _ => Err(usage(format!("--device is '{device}', expected auto, cpu or cuda:N"))),
+        }
+    }
+}
+
+fn cpu(dtype: Option<DType>) -> anyhow::Result<Target> {
+    match dtype {
+        None | Some(DType::F32) => Ok(Target::Cpu(CpuDType::F32)),
+        Some(DType::Quantized) => Ok(Target::Cpu(CpuDType::Quantized)),
+        Some(DType::Bf16 | DType::F16) => {
+            Err(usage("--dtype bf16 and f16 are computed on cuda only; expected f32 or quantized on cpu"))
+        }
+    }
+}
+
+fn cuda(index: u32, dtype: Option<DType>, deterministic: bool) -> anyhow::Result<Target> {
+    let dtype = match dtype {
+        None | Some(DType::Bf16) => CudaDType::Bf16,
+        Some(DType::F16) => CudaDType::F16,
+        Some(DType::F32 | DType::Quantized) => {
+            return Err(usage(
+                "--dtype f32 and quantized are computed on cpu only; expected bf16 or f16 on cuda",
+            ));
+        }
+    };
+    Ok(Target::Cuda { index, options: CudaOptions { dtype, deterministic, ..CudaOptions::default() } })
+}
+
+/// The first device that the kernels are made for; else why there is none.
+fn first_usable() -> Result<u32, String> {
+    let devices = library::devices().map_err(|error| format!("there is {error}"))?;
+    let is_usable = |device: &&Device| device.unusable().is_none();
+    match (devices.iter().find(is_usable), devices.first()) {
+        (Some(device), _) => Ok(device.index),
+        (None, Some(device)) => Err(format!("cuda:0 cannot run: {}", device.unusable().unwrap_or_default())),
+        (None, None) => Err("the CUDA driver shows no device".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cmd::Usage;
+
+    #[test]
+    fn each_device_computes_in_its_own_types() {
+        let settle = |device, dtype| Target::settle(device, dtype, false);
+        assert_eq!(settle("cpu", None).unwrap(), Target::Cpu(CpuDType::F32));
+        assert_eq!(settle("cpu", Some(DType::Quantized)).unwrap(), Target::Cpu(CpuDType::Quantized));
+        assert_eq!(settle("auto", Some(DType::F32)).unwrap(), Target::Cpu(CpuDType::F32));
+        let options = CudaOptions { dtype: CudaDType::F16, ..CudaOptions::default() };
+        assert_eq!(settle("cuda:3", Some(DType::F16)).unwrap(), Target::Cuda { index: 3, options });
+        let default = Target::Cuda { index: 0, options: CudaOptions::default() };
+        assert_eq!((settle("cuda:0", None).unwrap(), default.to_string()), (default, "cuda:0".to_owned()));
+        for (device, dtype) in [
+            ("cpu", Some(DType::Bf16)),
+            ("cuda:0", Some(DType::Quantized)),
+            ("cuda:0", Some(DType::F32)),
+            ("gpu", None),
+            ("cuda:", None),
+            ("cuda:-1", None),
+        ] {
+            assert!(settle(device, dtype).unwrap_err().is::<Usage>(), "{device} {dtype:?}");
+        }
+    }
+}
