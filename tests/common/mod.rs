@@ -2,6 +2,9 @@
 
 #![allow(dead_code, unreachable_pub)] // each test crate uses its own part
 
+pub mod requests;
+pub mod tiny;
+
 use std::path::PathBuf;
 
 use tokmeter::weights::fetch::{Fetcher, Silent};
