@@ -12,8 +12,10 @@ use serde_json::json;
 
 /// Mean absolute difference of log-probabilities. The golden's own distance to numpy in float64 is 2.5e-6.
 const MEAN_TOLERANCE: f64 = 1e-3;
-/// Candidates asked for at each position: the token that really came next is among them 96 times in 100.
+/// Candidates asked for at each position. A token that came next and is not among them is not compared.
 const TOP: &str = "512";
+/// The rarest script of the golden still has this share of its next tokens among the candidates, percent.
+const NEXT_COMPARED: usize = 90;
 /// A greedy path whose choices are all this clear (logits) must be followed.
 const CLEAR_GAP: f64 = 1e-2;
 
@@ -127,7 +129,7 @@ fn assert_agrees_with_llama_cpp(dtype: &str, prompts: &[&str]) {
         }
     }
     assert_eq!(top.0.len(), positions * 8);
-    assert!(next.0.len() * 100 >= next_tokens * 95, "{} of {next_tokens} next tokens", next.0.len());
+    assert!(next.0.len() * 100 >= next_tokens * NEXT_COMPARED, "{} of {next_tokens} next tokens", next.0.len());
     top.report(&format!("{dtype}, the 8 likeliest tokens"));
     next.report(&format!("{dtype}, the token that came next"));
 }

@@ -13,7 +13,8 @@ use super::{FAILED, print};
 
 /// Check what this device computes against the reference, or dump log-probabilities of given texts
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Without --prompts, every operation and a shallow slice of the model (its shapes, 2 layers, at \
+#[command(
+    after_help = "Without --prompts, every operation and a shallow slice of the model (its shapes, 2 layers, at \
     most 4096 tokens\nof vocabulary) are held against plain scalar arithmetic: made-up weights with --dtype f32, \
     the checkpoint's own\nquantised ones with --dtype quantized.\n\n\
     With --prompts, each line of FILE is {\"id\": \"a\", \"text\": \"…\"} or {\"id\": \"a\", \"token_ids\": [1, 2]}. \
@@ -26,7 +27,8 @@ use super::{FAILED, print};
     tokmeter check -m qwen3-8b --format json\n  \
     tokmeter check -m model.gguf --dtype quantized\n  \
     tokmeter check --prompts prompts.jsonl --top 8 --greedy 32 --out logprobs.jsonl\n\n\
-    Exit codes: 0 all within tolerance, 1 something failed, 2 usage, 3 a broken prompt or model file")]
+    Exit codes: 0 all within tolerance, 1 something failed, 2 usage, 3 a broken prompt or model file"
+)]
 pub struct Args {
     /// auto, cpu or cuda:N
     #[arg(long, default_value = "auto")]
