@@ -1,9 +1,11 @@
 //! One file per verb: its arguments, its help and its `run`. Results go to stdout, everything else to stderr; the exit
 //! code and the printing of errors are decided in [`execute`] alone.
 
-//mod check;
+mod check;
+mod device;
 mod doctor;
 mod interrupt;
+mod model;
 mod models;
 mod progress;
 mod report;
@@ -30,6 +32,7 @@ pub const INTERRUPTED: u8 = 130;
     about = "Measures how many tokens a machine makes per second, per joule and per dollar",
     after_help = "Examples:\n  tokmeter run                              measure this machine with the default model\n  \
                   tokmeter run --batch 1,8 --depth 512      only decoding, at two batch sizes\n  \
+                  tokmeter check                            is what this machine computes right\n  \
                   tokmeter doctor                           what is here, what is missing, and the remedy\n  \
                   tokmeter report RECORD.json               a record as Markdown\n\n\
                   Exit codes: 0 done, 1 something failed, 2 usage, 3 broken or foreign file, 130 interrupted"
@@ -42,7 +45,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Verb {
     Run(Box<run::Args>),
-    //Check(check::Args),
+    Check(check::Args),
     Doctor(doctor::Args),
     Models(models::Args),
     Validate(validate::Args),
@@ -90,7 +93,7 @@ pub fn execute() -> u8 {
     };
     let result = match cli.verb {
         Verb::Run(args) => run::run(*args),
-        //Verb::Check(args) => check::run(args),
+        Verb::Check(args) => check::run(args),
         Verb::Doctor(args) => doctor::run(args),
         Verb::Models(args) => models::run(args),
         Verb::Validate(args) => validate::run(args),

@@ -1,6 +1,8 @@
 //! The forward pass of the dense decoder family, written once over [`Backend`]'s operations, and the loading of its
 //! weights. Knows architectures, not devices and not requests.
 
+pub mod check;
+
 use anyhow::Context as _;
 
 use crate::arch::{Config, layer_prefix};

@@ -13,6 +13,7 @@ mod mapped;
 mod open;
 pub mod registry;
 pub mod safetensors;
+pub mod slice;
 pub mod synthetic;
 pub mod tokenizer;
 pub mod vocab;

@@ -3,7 +3,8 @@
 
 use anyhow::Context as _;
 
-use super::{Args, DType, EngineChoice};
+use super::{Args, EngineChoice};
+use crate::cmd::device::{self, DType};
 use crate::cmd::{bad_file, usage};
 use crate::engine::FakeScript;
 use crate::record::{CostModel, Workload};
@@ -56,11 +57,7 @@ impl Choices {
         if args.chunk == 0 || args.chunk > 1 << 20 {
             return Err(usage(format!("--chunk is {}, expected 1 to {}", args.chunk, 1 << 20)));
         }
-        if let Some(threads) = args.threads
-            && !(1..=4096).contains(&threads)
-        {
-            return Err(usage(format!("--threads is {threads}, expected 1 to 4096")));
-        }
+        device::check_threads(args.threads)?;
         let kv_memory_bytes = args.kv_memory.as_deref().map(parse_bytes).transpose();
         let price = args.price_per_gpu_hour.as_deref();
         Ok(Choices {
@@ -71,7 +68,7 @@ impl Choices {
             model_is_explicit: args.model.is_some(),
             synthetic_seed: synthetic_seed(&args.weights)?,
             dtype: args.dtype,
-            device: device(&args.device, fake.is_some())?,
+            device: if fake.is_some() { "fake".to_owned() } else { device::parse(&args.device)? },
             threads: args.threads,
             chunk: args.chunk,
             kv_memory_bytes: kv_memory_bytes.map_err(|error| usage(format!("--kv-memory: {error}")))?,
@@ -223,18 +220,5 @@ fn synthetic_seed(text: &str) -> anyhow::Result<Option<u64>> {
         None if text == "synthetic" => Ok(Some(0)),
         Some(("synthetic", seed)) if seed.parse::<u64>().is_ok() => Ok(seed.parse().ok()),
         _ => Err(usage(format!("--weights is '{text}', expected checkpoint, synthetic or synthetic:SEED"))),
-    }
-}
-
-fn device(text: &str, fake: bool) -> anyhow::Result<String> {
-    if fake {
-        return Ok("fake".to_owned());
-    }
-    match text {
-        "auto" | "cpu" => Ok("cpu".to_owned()),
-        _ if text.strip_prefix("cuda:").is_some_and(|index| index.parse::<u32>().is_ok()) => {
-            Err(anyhow::anyhow!("device {text} cannot run: this version of tokmeter computes on cpu only"))
-        }
-        _ => Err(usage(format!("--device is '{text}', expected auto, cpu or cuda:N"))),
     }
 }

@@ -19,6 +19,7 @@ use crate::record::{Outcome, Record, Status, Store};
 use crate::runner::{self, Stage, Witness};
 use crate::{analysis, report};
 
+use super::device::DType;
 use super::{FAILED, INTERRUPTED, interrupt, print, remark, usage};
 use choices::Choices;
 use view::View;
@@ -120,14 +121,6 @@ pub struct Args {
     /// Step times of the scripted engine, as JSON
     #[arg(long, value_name = "JSON", default_value = "{}", hide = true)]
     fake_script: String,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum DType {
-    /// 32-bit floating point; quantised checkpoints are dequantised
-    F32,
-    /// The checkpoint's own quantised blocks
-    Quantized,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

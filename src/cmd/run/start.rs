@@ -7,9 +7,10 @@ use super::choices::Choices;
 use super::model::{self, Opened};
 use super::view::View;
 use crate::arch::Config;
-use crate::backend::{Backend, Cpu, CpuDType, cpu};
+use crate::backend::{Backend, Cpu};
 use crate::clock::Clock;
-use crate::cmd::{Interrupted, bad_file, usage};
+use crate::cmd::model::{config_of, name_of};
+use crate::cmd::{Interrupted, bad_file, device, usage};
 use crate::engine::{
     Engine, EngineLimits, FakeEngine, FakeScript, LlmEngine, check_batch_fits, pages_for, pages_needed,
 };
@@ -39,14 +40,14 @@ pub(super) fn start(choices: &Choices, stop: &AtomicBool, view: &View) -> anyhow
 }
 
 fn start_fake(choices: &Choices, script: &FakeScript) -> anyhow::Result<Started> {
-    let config = model::config_of(choices)?;
+    let config = config_of(&choices.model)?;
     let clock = Clock::scripted();
     let limits = limits(choices, &config, None)?;
     let engine = FakeEngine::new(script.clone(), limits, config.vocab_size, clock.clone()).map_err(usage)?;
     Ok(Started {
         engine: Box::new(engine),
         clock,
-        model_name: model::model_name(choices),
+        model_name: name_of(&choices.model),
         config,
         weights: WeightsRecord {
             source: WeightsSource::Synthetic { seed: 0 },
@@ -59,16 +60,12 @@ fn start_fake(choices: &Choices, script: &FakeScript) -> anyhow::Result<Started>
 }
 
 fn start_cpu(choices: &Choices, stop: &AtomicBool, view: &View) -> anyhow::Result<Started> {
-    cpu::set_threads(choices.threads.unwrap_or_else(cpu::default_threads))?;
+    device::start_threads(choices.threads)?;
     let clock = Clock::monotonic();
     let Opened { name, weights, record } = model::open_model(choices, view)?;
     let begin_ns = clock.now_ns();
     let config = weights.config().clone();
-    let dtype = match choices.dtype {
-        DType::F32 => CpuDType::F32,
-        DType::Quantized => CpuDType::Quantized,
-    };
-    let mut backend = Cpu::new(shape_of(&config), dtype);
+    let mut backend = Cpu::new(shape_of(&config), choices.dtype.on_cpu());
     let limits = limits(choices, &config, Some(backend.page_bytes()))?;
     let bar = view.bytes("loading weights", record.stored_bytes.values().sum());
     let model = Model::load(&mut backend, weights.as_ref(), &mut |bytes| bar.inc(bytes)).map_err(bad_file)?;
