@@ -8,7 +8,7 @@ mod record;
 mod start;
 mod view;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
@@ -16,7 +16,7 @@ use clap::ValueEnum;
 
 use crate::clock::{Clock, file_stamp_utc};
 use crate::machine::Roots;
-use crate::record::{Outcome, Record, Status, Store};
+use crate::record::{Outcome, Record, Status, Store, check_place};
 use crate::runner::{self, Stage, Witness};
 use crate::{analysis, report};
 
@@ -26,7 +26,7 @@ use view::View;
 
 /// Measure this machine: run cells, write one record, print the table
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Cells: give --suite, or sizes. The sizes choose the kind:\n  \
+#[command(allow_negative_numbers = true, after_help = "Cells: give --suite, or sizes. The sizes choose the kind:\n  \
     --batch --isl                     prefill\n  \
     --batch --depth [--osl]           decode at a context depth\n  \
     --batch --isl --osl               generate\n  \
@@ -101,7 +101,7 @@ pub struct Args {
     #[arg(long, value_name = "LABEL")]
     session: Option<String>,
     /// Seed of prompts and arrivals
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u64).range(..1 << 53))]
     seed: u64,
     /// Use only what is in the cache
     #[arg(long)]
@@ -155,6 +155,8 @@ pub fn run(args: Args) -> anyhow::Result<u8> {
         return Ok(0);
     }
     let stop = interrupt::on_signal()?;
+    let anywhere_here = Path::new("tokmeter-DEVICE-UTC.json");
+    check_place(args.out.as_deref().unwrap_or(anywhere_here))?;
     let view = View::new(Arc::clone(&stop));
     let mut started = start::start(&choices, &stop, &view)?;
     let clock = started.clock.clone();
