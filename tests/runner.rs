@@ -3,7 +3,9 @@
 use std::sync::atomic::AtomicBool;
 
 use tokmeter::clock::Clock;
-use tokmeter::engine::{Engine, EngineInfo, EngineLimits, FakeEngine, FakeScript, Request, StepOutput, SubmitError};
+use tokmeter::engine::{
+    Engine, EngineInfo, EngineLimits, FakeEngine, FakeScript, Request, StepOutput, SubmitError,
+};
 use tokmeter::record::{Cell, Maybe, Outcome, Run, Steady, Workload};
 use tokmeter::runner::{Protocol, Stage, Witness, measure};
 

@@ -95,10 +95,8 @@ impl Backend for Reference {
     fn kv_cache(&mut self, pages: usize) -> anyhow::Result<ReferenceKv> {
         self.memory.kv_bytes += pages as u64 * self.page_bytes();
         let (slots, width) = (pages * PAGE_SIZE, self.shape.kv_size());
-        let layer = |_| LayerKv {
-            keys: Matrix::poisoned(slots, width),
-            values: Matrix::poisoned(slots, width),
-        };
+        let layer =
+            |_| LayerKv { keys: Matrix::poisoned(slots, width), values: Matrix::poisoned(slots, width) };
         Ok(ReferenceKv { layers: (0..self.shape.num_layers).map(layer).collect() })
     }
 
@@ -169,7 +167,8 @@ impl Backend for Reference {
         let LayerKv { keys, values } = &kv.layers[layer];
         for s in 0..batch.num_sequences() {
             let pages = batch.sequence_pages(s);
-            let slot = |position: usize| pages[position / PAGE_SIZE] as usize * PAGE_SIZE + position % PAGE_SIZE;
+            let slot =
+                |position: usize| pages[position / PAGE_SIZE] as usize * PAGE_SIZE + position % PAGE_SIZE;
             for t in batch.query_rows(s) {
                 let visible = batch.positions[t] as usize + 1;
                 for head in 0..self.shape.num_heads {
@@ -310,7 +309,8 @@ fn attend<'a>(
     let weights: Vec<f64> = scores.iter().map(|score| (score - largest).exp()).collect();
     let total: f64 = weights.iter().sum();
     for (column, out) in out.iter_mut().enumerate() {
-        let sum: f64 = (0..visible).map(|position| weights[position] * f64::from(value(position)[column])).sum();
+        let sum: f64 =
+            (0..visible).map(|position| weights[position] * f64::from(value(position)[column])).sum();
         *out = (sum / total) as f32;
     }
 }

@@ -67,10 +67,8 @@ fn gumbel(key: u64, id: u32) -> f32 {
 pub fn choose(logits: &[f32], sampling: Sampling, position: u32) -> anyhow::Result<u32> {
     if sampling.temperature > 0.0 {
         let key = position_key(sampling.seed, position);
-        let noisy: Vec<f32> = (0u32..)
-            .zip(logits)
-            .map(|(id, &logit)| logit / sampling.temperature + gumbel(key, id))
-            .collect();
+        let noisy: Vec<f32> =
+            (0u32..).zip(logits).map(|(id, &logit)| logit / sampling.temperature + gumbel(key, id)).collect();
         return arg_max(&noisy);
     }
     arg_max(logits)
@@ -93,7 +91,8 @@ fn arg_max(values: &[f32]) -> anyhow::Result<u32> {
         bail!("the logit of token id {id} is not a number, expected a finite value");
     }
     let largest = largest.iter().chain(rest).fold(f32::NEG_INFINITY, |a, &b| a.max(b));
-    let id = values.iter().position(|&value| value == largest).context("there are no logits to sample from")?;
+    let id =
+        values.iter().position(|&value| value == largest).context("there are no logits to sample from")?;
     Ok(id as u32)
 }
 

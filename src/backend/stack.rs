@@ -73,7 +73,10 @@ fn dequantize(part: &HostTensor<'_>, values: &mut [f32]) -> anyhow::Result<()> {
             values.copy_from_slice(&dtype::to_f32(part.dtype, bytes, values.len())?);
             if let Some(index) = values.iter().position(|value| !value.is_finite()) {
                 let index = task * task_rows * columns + index;
-                bail!("tensor {} has a non-finite value at index {index}, expected finite numbers", part.name);
+                bail!(
+                    "tensor {} has a non-finite value at index {index}, expected finite numbers",
+                    part.name
+                );
             }
             Ok(())
         })

@@ -27,8 +27,11 @@ pub struct Args {
 /// # Errors
 /// When a file is no record, or is one that says it is no measurement.
 pub fn run(args: Args) -> anyhow::Result<u8> {
-    let records: Vec<Record> =
-        args.files.iter().map(|path| read(path, args.allow_not_a_measurement)).collect::<anyhow::Result<_>>()?;
+    let records: Vec<Record> = args
+        .files
+        .iter()
+        .map(|path| read(path, args.allow_not_a_measurement))
+        .collect::<anyhow::Result<_>>()?;
     let text = report::document(&records);
     match &args.out {
         None => print(&text)?,

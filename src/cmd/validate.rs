@@ -7,9 +7,11 @@ use crate::record;
 
 /// Check records: format, identities, canonical SHA-256
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Prints the SHA-256 of the canonical JSON (RFC 8785) and the name of each valid file.\n\n\
+#[command(
+    after_help = "Prints the SHA-256 of the canonical JSON (RFC 8785) and the name of each valid file.\n\n\
     Examples:\n  tokmeter validate tokmeter-cpu-20261122T101112Z.json\n  tokmeter validate results/*/*.json\n\n\
-    Exit codes: 0 all valid, 3 a file is unreadable, of another format, or contradicts itself")]
+    Exit codes: 0 all valid, 3 a file is unreadable, of another format, or contradicts itself"
+)]
 pub struct Args {
     /// Record files
     #[arg(required = true, value_name = "FILE")]

@@ -96,8 +96,10 @@ fn temporary_beside(target: &Path) -> io::Result<NamedTempFile> {
 
 /// The system's error alone: tempfile adds its random name, which tells a reader nothing.
 fn without_path(error: io::Error) -> io::Error {
-    let system = error.get_ref().and_then(|inner| inner.source()?.downcast_ref::<io::Error>()?.raw_os_error());
-    system.map_or(error, io::Error::from_raw_os_error)
+    match error.to_string().split_once(" at path ") {
+        Some((system, _)) => io::Error::new(error.kind(), system.to_owned()),
+        None => error,
+    }
 }
 
 /// Temporary files are private; a record is as readable as any other file the user makes.
@@ -177,11 +179,13 @@ pub fn parse(text: &str) -> Result<Record, String> {
 /// pass beside the `kind` of a variant without fields.
 fn foreign_field<'a>(given: &'a Value, known: &Value) -> Option<&'a str> {
     match (given, known) {
-        (Value::Object(given), Value::Object(known)) => given.iter().find_map(|(name, value)| match known.get(name) {
-            Some(known) => foreign_field(value, known),
-            // An optional field that was written as null.
-            None => (!value.is_null()).then_some(name.as_str()),
-        }),
+        (Value::Object(given), Value::Object(known)) => {
+            given.iter().find_map(|(name, value)| match known.get(name) {
+                Some(known) => foreign_field(value, known),
+                // An optional field that was written as null.
+                None => (!value.is_null()).then_some(name.as_str()),
+            })
+        }
         (Value::Array(given), Value::Array(known)) => {
             given.iter().zip(known).find_map(|(given, known)| foreign_field(given, known))
         }

@@ -23,7 +23,9 @@ const LARGEST_EXACT: u64 = (1 << 53) - 1;
 /// records could then differ and still have one hash.
 pub fn canonical_sha256(record: &Record) -> anyhow::Result<String> {
     if let Some(number) = inexact_integer(&serde_json::to_value(record)?) {
-        anyhow::bail!("holds the integer {number}, expected at most {LARGEST_EXACT} for an exact canonical form");
+        anyhow::bail!(
+            "holds the integer {number}, expected at most {LARGEST_EXACT} for an exact canonical form"
+        );
     }
     let canonical = serde_json_canonicalizer::to_vec(record)?;
     Ok(hex(&Sha256::digest(canonical)))
@@ -65,7 +67,9 @@ pub fn violations(record: &Record) -> Vec<Violation> {
 fn check_progress(record: &Record, found: &mut Vec<Violation>) {
     let planned = &record.command.planned_cells;
     let in_order = record.cells.iter().map(|cell| &cell.key).eq(planned.iter().take(record.cells.len()));
-    require(found, "cells", in_order, || "expected the first of command.planned_cells, in their order".to_owned());
+    require(found, "cells", in_order, || {
+        "expected the first of command.planned_cells, in their order".to_owned()
+    });
     let whole = record.status != Status::Complete || record.cells.len() == planned.len();
     require(found, "status", whole, || {
         format!("complete with {} cells, expected {}", record.cells.len(), planned.len())
@@ -119,7 +123,8 @@ fn check_run(cell: &Cell, run: &Run, place: &str, found: &mut Vec<Violation>) {
 
 /// Count, extremes and sum of what the rows alone determine.
 fn check_latency(run: &Run, place: &str, found: &mut Vec<Violation>) {
-    let since_arrival = |row: &RequestRow, at: &Maybe<u64>| at.value().map(|at| at.saturating_sub(row.arrival_ns));
+    let since_arrival =
+        |row: &RequestRow, at: &Maybe<u64>| at.value().map(|at| at.saturating_sub(row.arrival_ns));
     let ttft: Vec<u64> =
         run.requests.iter().filter_map(|row| since_arrival(row, &row.first_token_ns)).collect();
     let complete = run.requests.iter().filter(|row| row.complete);
@@ -154,8 +159,7 @@ fn check_window(cell: &Cell, window: &Window, place: &str, found: &mut Vec<Viola
     let Some(batch) = cell.workload.static_batch() else { return };
     let (input, output) = cell.workload.counted_tokens();
     let requests = window.passes.saturating_mul(u64::from(batch));
-    let expected =
-        (requests.saturating_mul(u64::from(input)), requests.saturating_mul(u64::from(output)));
+    let expected = (requests.saturating_mul(u64::from(input)), requests.saturating_mul(u64::from(output)));
     require(found, place, (window.tokens_in, window.tokens_out) == expected, || {
         format!(
             "window counts {} input and {} output tokens, expected {} and {} for {} passes",

@@ -16,8 +16,8 @@ use anyhow::{Context as _, bail};
 
 use super::catalog::{Catalog, Stored};
 use super::mapped::MappedFile;
-use super::{HostTensor, Weights, WeightsInfo};
 use super::vocab::GgufVocab;
+use super::{HostTensor, Weights, WeightsInfo};
 use crate::arch::{Architecture, Config, TensorSpec};
 use header::Header;
 use value::Value;

@@ -119,8 +119,7 @@ fn attend(shape: &Shape, batch: &Batch, q: &[f32], kv: &LayerKv, tile: &mut Tile
     let (head_dim, q_size) = (shape.head_dim, shape.q_size());
     let scale = 1.0 / (head_dim as f32).sqrt();
     let group = shape.num_heads / shape.num_kv_heads;
-    let mut running =
-        vec![Running { largest: f32::NEG_INFINITY, sum: 0.0 }; tile.outs.len() * group];
+    let mut running = vec![Running { largest: f32::NEG_INFINITY, sum: 0.0 }; tile.outs.len() * group];
     tile.outs.iter_mut().for_each(|out| out.fill(0.0));
     for (index, &page) in batch.sequence_pages(tile.sequence).iter().enumerate() {
         let (keys, values) = (kv.keys(page, tile.kv_head), kv.values(page, tile.kv_head));
@@ -189,7 +188,8 @@ fn mix(weights: &[f32], values: &[f32], out: &mut [f32]) {
     let (fours, rest) = weights.as_chunks::<4>();
     let mut rows = values.chunks_exact(head_dim);
     for weights in fours {
-        let [Some(a), Some(b), Some(c), Some(d)] = [rows.next(), rows.next(), rows.next(), rows.next()] else {
+        let [Some(a), Some(b), Some(c), Some(d)] = [rows.next(), rows.next(), rows.next(), rows.next()]
+        else {
             return;
         };
         for (((out, a), b), (c, d)) in out.iter_mut().zip(a).zip(b).zip(c.iter().zip(d)) {

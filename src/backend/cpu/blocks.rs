@@ -322,7 +322,12 @@ mod tests {
             dequantize(dtype, &row, &mut found);
             for i in 0..columns {
                 let tolerance = 4.0 * f32::EPSILON * right.iter().fold(0f32, |a, b| a.max(b.abs()));
-                assert!((found[i] - right[i]).abs() <= tolerance, "{dtype:?}[{i}]: {} {}", found[i], right[i]);
+                assert!(
+                    (found[i] - right[i]).abs() <= tolerance,
+                    "{dtype:?}[{i}]: {} {}",
+                    found[i],
+                    right[i]
+                );
             }
         }
     }
@@ -338,7 +343,8 @@ mod tests {
             dequantize(dtype, &row, &mut values);
             let products: Vec<f64> =
                 values.iter().zip(&x).map(|(w, x)| f64::from(*w) * f64::from(*x)).collect();
-            let (right, scale) = (products.iter().sum::<f64>(), products.iter().map(|p| p.abs()).sum::<f64>());
+            let (right, scale) =
+                (products.iter().sum::<f64>(), products.iter().map(|p| p.abs()).sum::<f64>());
             let mut sums = Vec::new();
             half_sums(&x, &mut sums);
             let found = f64::from(dot(dtype, &row, &x, &sums));

@@ -129,7 +129,13 @@ impl Cpu {
     }
 
     /// `x += y · weightᵀ`
-    fn add_product(&mut self, weight: &CpuWeight, y: &[f32], x: &mut [f32], tokens: usize) -> anyhow::Result<()> {
+    fn add_product(
+        &mut self,
+        weight: &CpuWeight,
+        y: &[f32],
+        x: &mut [f32],
+        tokens: usize,
+    ) -> anyhow::Result<()> {
         self.multiply(weight, y, tokens)?;
         let width = weight.rows();
         let product = &self.scratch.product;
@@ -177,8 +183,11 @@ impl Rotary {
         self.positions.clear();
         self.positions.extend_from_slice(positions);
         let pairs = inv_freq.len();
-        let (cos, sin) = (grow(&mut self.cos, positions.len() * pairs), grow(&mut self.sin, positions.len() * pairs));
-        for ((cos, sin), &position) in cos.chunks_exact_mut(pairs).zip(sin.chunks_exact_mut(pairs)).zip(positions) {
+        let (cos, sin) =
+            (grow(&mut self.cos, positions.len() * pairs), grow(&mut self.sin, positions.len() * pairs));
+        for ((cos, sin), &position) in
+            cos.chunks_exact_mut(pairs).zip(sin.chunks_exact_mut(pairs)).zip(positions)
+        {
             for ((cos, sin), &frequency) in cos.iter_mut().zip(sin).zip(inv_freq) {
                 let (s, c) = (f64::from(position) * f64::from(frequency)).sin_cos();
                 (*cos, *sin) = (c as f32, s as f32);

@@ -105,11 +105,7 @@ impl CpuWeight {
 
     /// Copies one row, dequantised, to `out`.
     pub(super) fn look_up(&self, row: usize, out: &mut [f32]) -> anyhow::Result<()> {
-        ensure!(
-            row < self.0.rows,
-            "token id {row} is outside the embedding table of {} rows",
-            self.0.rows
-        );
+        ensure!(row < self.0.rows, "token id {row} is outside the embedding table of {} rows", self.0.rows);
         let mut first = 0;
         for (rows, part) in self.parts() {
             if row < first + rows {
@@ -172,7 +168,10 @@ fn check_finite(part: &HostTensor<'_>, columns: usize, row_bytes: usize) -> anyh
             blocks::dequantize(part.dtype, bytes, values);
             if let Some(column) = values.iter().position(|value| !value.is_finite()) {
                 let index = row * columns + column;
-                bail!("tensor {} has a non-finite value at index {index}, expected finite numbers", part.name);
+                bail!(
+                    "tensor {} has a non-finite value at index {index}, expected finite numbers",
+                    part.name
+                );
             }
             Ok(())
         },

@@ -140,7 +140,9 @@ fn usage_of(error: anyhow::Error) -> anyhow::Error {
 fn kind(args: &Args) -> anyhow::Result<Option<Kind>> {
     let loads = [&args.concurrency, &args.request_rate, &args.depth];
     if loads.iter().filter(|load| load.is_some()).count() > 1 {
-        anyhow::bail!("--depth, --concurrency and --request-rate each name another kind of cell; give one of them");
+        anyhow::bail!(
+            "--depth, --concurrency and --request-rate each name another kind of cell; give one of them"
+        );
     }
     Ok(Some(if args.concurrency.is_some() {
         Kind::ServeClosed
@@ -159,9 +161,7 @@ fn kind(args: &Args) -> anyhow::Result<Option<Kind>> {
 
 fn sizes(args: &Args) -> anyhow::Result<Sizes> {
     let list = |name: &str, text: &Option<String>| match text {
-        Some(text) => {
-            workload::parse_numbers(text).map_err(|error| anyhow::anyhow!("--{name}: {error}"))
-        }
+        Some(text) => workload::parse_numbers(text).map_err(|error| anyhow::anyhow!("--{name}: {error}")),
         None => Ok(Vec::new()),
     };
     let mut sizes = Sizes {
@@ -181,8 +181,7 @@ fn sizes(args: &Args) -> anyhow::Result<Sizes> {
     }
     if args.requests.is_none() {
         let widest = sizes.concurrency.iter().copied().max().unwrap_or(0);
-        sizes.requests =
-            if sizes.request_rate_per_s.is_empty() { 4 * widest } else { DEFAULT_OPEN_REQUESTS };
+        sizes.requests = if sizes.request_rate_per_s.is_empty() { 4 * widest } else { DEFAULT_OPEN_REQUESTS };
     }
     Ok(sizes)
 }
@@ -191,9 +190,9 @@ fn rates(args: &Args) -> anyhow::Result<Vec<f64>> {
     let Some(text) = &args.request_rate else { return Ok(Vec::new()) };
     text.split(',')
         .map(|part| {
-            part.trim()
-                .parse::<f64>()
-                .map_err(|_| anyhow::anyhow!("--request-rate: '{part}' is no number, expected for example 0.5,2"))
+            part.trim().parse::<f64>().map_err(|_| {
+                anyhow::anyhow!("--request-rate: '{part}' is no number, expected for example 0.5,2")
+            })
         })
         .collect()
 }
@@ -204,7 +203,9 @@ fn protocol(args: &Args, suite: &Suite) -> anyhow::Result<Protocol> {
     suite::check_protocol(repeat, min_seconds, suite.warmup_seconds)?;
     let max_seconds = args.max_seconds;
     if !(max_seconds >= min_seconds && max_seconds <= 86_400.0) {
-        anyhow::bail!("--max-seconds is {max_seconds}, expected at least --min-seconds {min_seconds} and at most 86400");
+        anyhow::bail!(
+            "--max-seconds is {max_seconds}, expected at least --min-seconds {min_seconds} and at most 86400"
+        );
     }
     let nanos = |seconds: f64| (seconds * NANOS_PER_SECOND) as u64;
     Ok(Protocol {
@@ -220,8 +221,12 @@ fn synthetic_seed(text: &str) -> anyhow::Result<Option<u64>> {
     match text.split_once(':') {
         None if text == "checkpoint" => Ok(None),
         None if text == "synthetic" => Ok(Some(0)),
-        Some(("synthetic", seed)) if seed.parse::<u64>().is_ok_and(|seed| seed < 1 << 53) => Ok(seed.parse().ok()),
-        _ => Err(usage(format!("--weights is '{text}', expected checkpoint, synthetic or synthetic:SEED, a number below 2^53"))),
+        Some(("synthetic", seed)) if seed.parse::<u64>().is_ok_and(|seed| seed < 1 << 53) => {
+            Ok(seed.parse().ok())
+        }
+        _ => Err(usage(format!(
+            "--weights is '{text}', expected checkpoint, synthetic or synthetic:SEED, a number below 2^53"
+        ))),
     }
 }
 

@@ -6,9 +6,7 @@ use crate::arch;
 use crate::backend::PAGE_SIZE;
 use crate::clock::{Clock, rfc3339_utc};
 use crate::machine::{self, Roots};
-use crate::record::{
-    Command, Engine, Maybe, Meter, Model, Record, SCHEMA, Session, Status, Tool,
-};
+use crate::record::{Command, Engine, Maybe, Meter, Model, Record, SCHEMA, Session, Status, Tool};
 
 /// The record before the first cell.
 pub(super) fn open(choices: &Choices, started: &Started) -> Record {
@@ -17,10 +15,7 @@ pub(super) fn open(choices: &Choices, started: &Started) -> Record {
     Record {
         schema: SCHEMA.to_owned(),
         not_a_measurement: fake,
-        tool: Tool {
-            name: env!("CARGO_PKG_NAME").to_owned(),
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-        },
+        tool: Tool { name: env!("CARGO_PKG_NAME").to_owned(), version: env!("CARGO_PKG_VERSION").to_owned() },
         command: command(choices),
         started_at: rfc3339_utc(started.clock.unix_ns()),
         finished_at: Maybe::missing("running"),

@@ -2,10 +2,10 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use super::DType;
 use super::choices::Choices;
 use super::model::{self, Opened};
 use super::view::View;
-use super::DType;
 use crate::arch::Config;
 use crate::backend::{Backend, Cpu, CpuDType, cpu};
 use crate::clock::Clock;
@@ -14,7 +14,7 @@ use crate::engine::{
     Engine, EngineLimits, FakeEngine, FakeScript, LlmEngine, check_batch_fits, pages_for, pages_needed,
 };
 use crate::model::{Model, shape_of};
-use crate::record::{Workload, WeightsRecord, WeightsSource};
+use crate::record::{WeightsRecord, WeightsSource, Workload};
 
 /// Sequences that an open loop may have in the engine at once.
 const OPEN_LOOP_BATCH: usize = 64;
@@ -102,7 +102,8 @@ fn limits(choices: &Choices, config: &Config, page_bytes: Option<u64>) -> anyhow
     }
     let mut limits = EngineLimits { max_batch, chunk: choices.chunk, pages, max_context };
     if let (Some(memory_bytes), Some(page_bytes)) = (choices.kv_memory_bytes, page_bytes) {
-        limits.pages = pages_for(memory_bytes, page_bytes).map_err(|error| usage(format!("--kv-memory: {error}")))?;
+        limits.pages =
+            pages_for(memory_bytes, page_bytes).map_err(|error| usage(format!("--kv-memory: {error}")))?;
         for cell in choices.cells.iter().filter(|cell| cell.static_batch().is_some()) {
             let (prompt, output) = cell.lengths();
             check_batch_fits(limits.pages, page_bytes, sequences(cell), (prompt + output) as usize)
