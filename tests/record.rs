@@ -419,21 +419,26 @@ fn intruder() -> impl Strategy<Value = Value> {
     ]
 }
 
-/// Puts `intruder` at one place, or removes or repeats what stands there.
+/// Changes one place: mostly a number to another, because the reader accepts that and the code behind it is reached;
+/// sometimes a list, or anything to anything.
 fn mutate(value: &mut Value, pick: usize, action: u8, intruder: Value) {
     let mut all = Vec::new();
     places(value, "", &mut all);
-    let at = &all[pick % all.len()];
-    let same_type = |old: &Value, new: &Value| std::mem::discriminant(old) == std::mem::discriminant(new);
+    let wanted = |at: &String| match action {
+        0..=9 => value.pointer(at).is_some_and(Value::is_number),
+        10..=12 => value.pointer(at).is_some_and(Value::is_array),
+        13 => value.pointer(at).is_some_and(Value::is_string),
+        _ => true,
+    };
+    let fitting: Vec<&String> = all.iter().filter(|at| wanted(at)).collect();
+    let at = fitting[pick % fitting.len()];
+    let extremes = [0, 1, 2, 1 << 20, u64::from(u32::MAX), 1 << 53, i64::MAX as u64, u64::MAX];
     match (value.pointer_mut(at).unwrap(), action) {
-        (Value::Array(items), 0) => items.clear(),
-        (Value::Array(items), 1) => items.extend(items.clone()),
-        (Value::Array(items), 2) => items.reverse(),
-        (Value::String(text), 3) => drop(text.pop()),
-        (Value::Number(number), 4) => *number = u64::MAX.into(),
-        (Value::Number(number), 5) => *number = 0.into(),
-        // Mostly what the reader will accept: only such records reach the code behind it.
-        (old, 6..) if !same_type(old, &intruder) => {}
+        (Value::Number(number), 0..=9) => *number = extremes[pick / 7 % extremes.len()].into(),
+        (Value::Array(items), 10) => items.clear(),
+        (Value::Array(items), 11) => items.extend(items.clone()),
+        (Value::Array(items), 12) => items.reverse(),
+        (Value::String(text), 13) => drop(text.pop()),
         (old, _) => *old = intruder,
     }
 }
@@ -443,7 +448,7 @@ proptest! {
 
     #[test]
     fn no_mutated_record_makes_a_reader_panic(
-        changes in proptest::collection::vec((any::<usize>(), 0u8..24, intruder()), 1..6)
+        changes in proptest::collection::vec((any::<usize>(), 0u8..16, intruder()), 1..4)
     ) {
         let mut value = SMALL.clone();
         for (pick, action, intruder) in changes {
