@@ -162,7 +162,6 @@ impl Finder {
             syn::UseTree::Name(name) => self.note(&[&prefix[..], &[name.ident.to_string()]].concat()),
             syn::UseTree::Rename(name) => self.note(&[&prefix[..], &[name.ident.to_string()]].concat()),
             syn::UseTree::Glob(_) => self.note(prefix),
-            _ => {}
         }
     }
 

@@ -14,6 +14,7 @@ mod validate;
 
 use std::io::Write as _;
 
+use anyhow::Context as _;
 use clap::{Parser, Subcommand};
 
 /// Something ran but did not succeed.
@@ -103,9 +104,6 @@ pub fn execute() -> u8 {
 }
 
 fn fail(error: &anyhow::Error) -> u8 {
-    if is_broken_pipe(error) {
-        return 0;
-    }
     let code = if error.is::<Usage>() {
         USAGE
     } else if error.is::<BadFile>() || error.is::<crate::record::ReadError>() {
@@ -119,18 +117,15 @@ fn fail(error: &anyhow::Error) -> u8 {
     code
 }
 
-fn is_broken_pipe(error: &anyhow::Error) -> bool {
-    error.chain().any(|cause| {
-        cause.downcast_ref::<std::io::Error>().is_some_and(|io| io.kind() == std::io::ErrorKind::BrokenPipe)
-    })
-}
-
-/// Writes a result to stdout.
+/// Writes a result to stdout. A reader that has seen enough and closed the pipe is no error.
 pub(crate) fn print(text: &str) -> anyhow::Result<()> {
     let mut stdout = std::io::stdout().lock();
-    stdout.write_all(text.as_bytes())?;
-    stdout.flush()?;
-    Ok(())
+    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(error).context("stdout: cannot write the result")
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Writes a remark to stderr.

@@ -3,11 +3,11 @@
 
 pub mod check;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 
 use crate::arch::{Config, layer_prefix};
 use crate::backend::{AttnIn, Backend, Batch, Head, MlpIn, Shape, StepKey, WeightUse};
-use crate::weights::{HostTensor, Weights};
+use crate::weights::{HostTensor, Weights, first_non_finite};
 
 /// The shapes a backend needs, from a model's configuration.
 pub fn shape_of(config: &Config) -> Shape {
@@ -72,7 +72,7 @@ impl<B: Backend> Model<B> {
     /// Brings every tensor to the device; `progress` is told the bytes of each as stored.
     ///
     /// # Errors
-    /// Names the tensor that is missing, misshapen or does not fit.
+    /// Names the tensor that is missing, misshapen, not finite or does not fit.
     pub fn load(
         backend: &mut B,
         weights: &dyn Weights,
@@ -142,10 +142,22 @@ impl<B: Backend> Loader<'_, B> {
     fn stacked(&mut self, usage: WeightUse, names: &[String]) -> anyhow::Result<B::Weight> {
         let parts: Vec<HostTensor<'_>> =
             names.iter().map(|name| self.weights.tensor(name)).collect::<anyhow::Result<_>>()?;
+        parts.iter().try_for_each(|part| self.refuse_non_finite(part))?;
         let weight =
             self.backend.upload(usage, &parts).with_context(|| format!("uploading {}", names.join(", ")))?;
         (self.progress)(parts.iter().map(|part| part.bytes.len() as u64).sum());
         Ok(weight)
+    }
+
+    /// One value that is no number makes every later one so, and its speed means nothing.
+    fn refuse_non_finite(&self, tensor: &HostTensor<'_>) -> anyhow::Result<()> {
+        let Some(index) = first_non_finite(tensor) else { return Ok(()) };
+        let file = self.weights.file_of(&tensor.name).map(|file| format!("{}: ", file.display()));
+        bail!(
+            "{}tensor {} has a value that is NaN or infinite at index {index}, expected finite numbers",
+            file.unwrap_or_default(),
+            tensor.name
+        )
     }
 
     fn layer(&mut self, config: &Config, prefix: &str) -> anyhow::Result<Layer<B>> {

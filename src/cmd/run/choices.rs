@@ -218,7 +218,11 @@ fn synthetic_seed(text: &str) -> anyhow::Result<Option<u64>> {
     match text.split_once(':') {
         None if text == "checkpoint" => Ok(None),
         None if text == "synthetic" => Ok(Some(0)),
-        Some(("synthetic", seed)) if seed.parse::<u64>().is_ok() => Ok(seed.parse().ok()),
-        _ => Err(usage(format!("--weights is '{text}', expected checkpoint, synthetic or synthetic:SEED"))),
+        Some(("synthetic", seed)) if seed.parse::<u64>().is_ok_and(|seed| seed < 1 << 53) => {
+            Ok(seed.parse().ok())
+        }
+        _ => Err(usage(format!(
+            "--weights is '{text}', expected checkpoint, synthetic or synthetic:SEED, a number below 2^53"
+        ))),
     }
 }

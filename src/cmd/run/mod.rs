@@ -15,7 +15,7 @@ use clap::ValueEnum;
 
 use crate::clock::{Clock, file_stamp_utc};
 use crate::machine::Roots;
-use crate::record::{Outcome, Record, Status, Store};
+use crate::record::{Outcome, Record, Status, Store, check_place};
 use crate::runner::{self, Stage, Witness};
 use crate::{analysis, report};
 
@@ -26,7 +26,9 @@ use view::View;
 
 /// Measure this machine: run cells, write one record, print the table
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Cells: give --suite, or sizes. The sizes choose the kind:\n  \
+#[command(
+    allow_negative_numbers = true,
+    after_help = "Cells: give --suite, or sizes. The sizes choose the kind:\n  \
     --batch --isl                     prefill\n  \
     --batch --depth [--osl]           decode at a context depth\n  \
     --batch --isl --osl               generate\n  \
@@ -38,7 +40,8 @@ use view::View;
     tokmeter run --suite standard --price-per-gpu-hour \"2.50 USD\"\n  \
     tokmeter run -m smollm2-135m --dtype quantized --batch 1..16*2 --depth 128,512\n  \
     tokmeter run -m ./model.gguf --concurrency 4 --isl 64 --osl 32 --format csv\n  \
-    tokmeter run --weights synthetic -m llama-3.2-1b --batch 1 --isl 128 --dry-run")]
+    tokmeter run --weights synthetic -m llama-3.2-1b --batch 1 --isl 128 --dry-run"
+)]
 pub struct Args {
     /// Named suite (quick, standard, decode, prefill) or a suite file
     #[arg(long, value_name = "NAME|FILE")]
@@ -95,13 +98,13 @@ pub struct Args {
     #[arg(long, value_name = "SIZE")]
     kv_memory: Option<String>,
     /// Price of one device for one hour, such as "2.50 USD"
-    #[arg(long, value_name = "PRICE")]
+    #[arg(long, value_name = "PRICE", allow_hyphen_values = true)]
     price_per_gpu_hour: Option<String>,
     /// Name of this session (a boot and driver load), for comparing
     #[arg(long, value_name = "LABEL")]
     session: Option<String>,
     /// Seed of prompts and arrivals
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u64).range(..1 << 53))]
     seed: u64,
     /// Use only what is in the cache
     #[arg(long)]
@@ -148,6 +151,8 @@ pub fn run(args: Args) -> anyhow::Result<u8> {
     }
     refuse_to_overwrite(args.out.as_deref())?;
     let stop = interrupt::on_signal()?;
+    let anywhere_here = Path::new("tokmeter-DEVICE-UTC.json");
+    check_place(args.out.as_deref().unwrap_or(anywhere_here))?;
     let view = View::new(Arc::clone(&stop));
     let mut started = start::start(&choices, &stop, &view)?;
     let clock = started.clock.clone();
