@@ -129,7 +129,11 @@ fn assert_agrees_with_llama_cpp(dtype: &str, prompts: &[&str]) {
         }
     }
     assert_eq!(top.0.len(), positions * 8);
-    assert!(next.0.len() * 100 >= next_tokens * NEXT_COMPARED, "{} of {next_tokens} next tokens", next.0.len());
+    assert!(
+        next.0.len() * 100 >= next_tokens * NEXT_COMPARED,
+        "{} of {next_tokens} next tokens",
+        next.0.len()
+    );
     top.report(&format!("{dtype}, the 8 likeliest tokens"));
     next.report(&format!("{dtype}, the token that came next"));
 }
