@@ -194,7 +194,8 @@ mod tests {
         let prompts = settled(text).unwrap();
         let prompt =
             |id: &str, token_ids: &[u32]| Prompt { id: id.to_owned(), token_ids: token_ids.to_vec() };
-        assert_eq!(prompts, [prompt("a", &[2, 4]), prompt("b", &[0, 319])]);
+        // Four special tokens, then the bytes in their order.
+        assert_eq!(prompts, [prompt("a", &[2, 4 + u32::from(b'!')]), prompt("b", &[0, 319])]);
     }
 
     #[test]
