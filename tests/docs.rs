@@ -75,8 +75,10 @@ fn the_map_in_the_readme_names_every_part_of_the_source() {
 #[test]
 fn every_suite_and_model_is_named_where_a_reader_looks() {
     for folder in ["suites", "models"] {
-        let texts: Vec<String> =
-            ["README.md".to_owned(), format!("{folder}/README.md")].iter().filter_map(read_if_there).collect();
+        let texts: Vec<String> = ["README.md".to_owned(), format!("{folder}/README.md")]
+            .iter()
+            .filter_map(read_if_there)
+            .collect();
         for file in entries(folder).iter().filter(|path| path.extension().is_some_and(|e| e == "toml")) {
             let name = format!("`{}`", stem(file).expect("a file has a name"));
             assert!(texts.iter().any(|text| text.contains(&name)), "{} is not named", file.display());
@@ -168,7 +170,8 @@ fn described_fields(document: &str) -> BTreeMap<String, BTreeSet<String>> {
 
 fn differences(structure: &str, fields: &BTreeSet<String>, listed: &BTreeSet<String>) -> Vec<String> {
     let missing = fields.difference(listed).map(|field| format!("`{structure}` lacks the field `{field}`"));
-    let stale = listed.difference(fields).map(|field| format!("`{structure}` has no field `{field}` any more"));
+    let stale =
+        listed.difference(fields).map(|field| format!("`{structure}` has no field `{field}` any more"));
     missing.chain(stale).map(|fault| format!("FORMAT.md: {fault}")).collect()
 }
 
