@@ -14,7 +14,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::Duration;
 
-use files::{GGUF_F32, GgufFile, Meta, safetensors};
+use files::{GgufFile, Meta, safetensors};
 use program::{Finished, tiny_model, tokmeter_limited};
 use serde_json::json;
 use tempfile::tempdir;

@@ -149,10 +149,8 @@ pub fn run(args: Args) -> anyhow::Result<u8> {
         print(&choices.describe())?;
         return Ok(0);
     }
-    refuse_to_overwrite(args.out.as_deref())?;
+    check_out(args.out.as_deref())?;
     let stop = interrupt::on_signal()?;
-    let anywhere_here = Path::new("tokmeter-DEVICE-UTC.json");
-    check_place(args.out.as_deref().unwrap_or(anywhere_here))?;
     let view = View::new(Arc::clone(&stop));
     let mut started = start::start(&choices, &stop, &view)?;
     let clock = started.clock.clone();
@@ -169,13 +167,16 @@ pub fn run(args: Args) -> anyhow::Result<u8> {
     Ok(exit_code(&record))
 }
 
-/// A record cannot be measured again: an existing file is never replaced.
-fn refuse_to_overwrite(out: Option<&Path>) -> anyhow::Result<()> {
+/// Refuses a place that cannot be written before anything is measured, and one that holds a file: what it holds may be
+/// a record, which cannot be measured again.
+fn check_out(out: Option<&Path>) -> anyhow::Result<()> {
+    let anywhere_here = Path::new("tokmeter-DEVICE-UTC.json");
+    check_place(out.unwrap_or(anywhere_here))?;
     match out {
-        Some(path) if path.exists() => Err(usage(format!(
-            "--out {} exists already\nhint: name another file, or remove it",
-            path.display()
-        ))),
+        Some(path) if path.exists() => {
+            let hint = "hint: name another file, or remove it";
+            Err(usage(format!("--out {} exists already, expected a new file\n{hint}", path.display())))
+        }
         _ => Ok(()),
     }
 }

@@ -2,7 +2,6 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::DType;
 use super::choices::Choices;
 use super::model::{self, Opened};
 use super::view::View;
