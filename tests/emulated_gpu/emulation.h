@@ -70,7 +70,7 @@ emu_switch:
 )");
 inline void switch_to(Context& save, Context& load) { emu_switch(&save, load); }
 inline void prepare(Context& context, char* stack, void (*entry)()) {
-    void** top = reinterpret_cast<void**>(stack + STACK_BYTES - 64);
+    void** top = reinterpret_cast<void**>(stack + STACK_BYTES - 72);  // as after a call: 8 past a multiple of 16
     top[0] = nullptr;  // the entry's return address: it never returns
     top[-1] = reinterpret_cast<void*>(entry);
     for (int i = 2; i < 8; i++) top[-i] = nullptr;

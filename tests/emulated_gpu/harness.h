@@ -51,8 +51,8 @@ inline double wide(Bf16 x) { return emu::bf16_to_f32(x.bits); }
 inline double wide(F16 x) { return emu::f16_to_f32(x.bits); }
 /// Half a unit in the last place, relative.
 template <class T> constexpr double HALF_ULP = 0;
-template <> inline constexpr double HALF_ULP<Bf16> = 1.0 / 512;
-template <> inline constexpr double HALF_ULP<F16> = 1.0 / 4096 * 2;
+template <> inline constexpr double HALF_ULP<Bf16> = 1.0 / 256;
+template <> inline constexpr double HALF_ULP<F16> = 1.0 / 2048;
 template <class T> constexpr const char* NAME = "f32";
 template <> inline constexpr const char* NAME<Bf16> = "bf16";
 template <> inline constexpr const char* NAME<F16> = "f16";
