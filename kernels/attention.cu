@@ -2,14 +2,15 @@
 //   q, out T [n, heads HD] · context_len i32 [s] · pages i32 (all sequences' pages one after another) · page_start [s + 1]
 // attention_decode_T_HD: one query token a sequence (row s of q). All heads / kv_heads (1..16) query heads of a group
 //   share one read of K and V: they are the rows of the mma.
-//   Grid (s, kv_heads, splits), block 128 (64 at HD 256), dynamic shared memory 65536 (49152 at HD 96).
+//   Grid (s, kv_heads, splits), block 128 (64 at HD 256), dynamic shared memory 65536 (49152 at HD 96, 32768 at 16, 32).
 //   Split i takes pages [i P / splits, (i + 1) P / splits) of the sequence's P; a split may be empty. splits > 1:
 //   partial f32 [s, kv_heads, splits, G (HD + 2)] with G = heads / kv_heads: o [G, HD] unscaled, m [G] (log2), l [G];
 //   tickets i32 [s, kv_heads], zero before and after; the block that comes last combines, in the splits' order.
 //   splits == 1 touches neither. A context of 0 gives zeros. Bytes: 4 HD kv_heads context; flops 4 HD heads context.
 // attention_prefill_T_HD: ragged; sequence s has query rows query_start[s] .. query_start[s + 1], the last ones of its
 //   context. Tile t takes the rows query_start[tile_seq[t]] + tile_first[t] and up to 63 more (tile_first counts within
-//   the sequence: 0, 64, ..). Grid (tiles, heads), block 128, dynamic shared memory 65536 (49152 at HD 96, 32768 at 64).
+//   the sequence: 0, 64, ..). Grid (tiles, heads), block 128, dynamic shared memory 65536 (49152 at HD 96, 32768 at 64
+//   and 256, 16384 at 16 and 32).
 //   Flops 4 HD heads sum over rows of the visible positions.
 //
 // The order of dimensions within q . k is free: sixteen consecutive bytes of a row of q or of k are one thread's
@@ -19,15 +20,19 @@
 namespace {
 constexpr float LOG2_E = 1.4426950408889634f;
 
+/// 16-byte chunks of a row in shared memory; at HD 16, the upper half is zeros.
+template <int HD>
+constexpr int CHUNKS = HD < 32 ? 4 : HD / 8;
+
 /// Places of a row's 16-byte chunks in shared memory, such that a quarter warp meets all banks once: keys are read as
 /// four chunks of two rows, values as one chunk of eight rows.
 template <int HD>
 DEVICE int key_place(int row, int chunk) {
-    return (row * (HD / 8) + (HD == 96 ? chunk : chunk ^ ((row & 1) << 2))) * 16;
+    return (row * CHUNKS<HD> + (CHUNKS<HD> % 8 ? chunk : chunk ^ ((row & 1) << 2))) * 16;
 }
 template <int HD>
 DEVICE int value_place(int row, int chunk) {
-    return (row * (HD / 8) + (HD == 96 ? chunk ^ ((row >> 1) & 3) : chunk ^ (row & 7))) * 16;
+    return (row * CHUNKS<HD> + (CHUNKS<HD> % 8 ? chunk ^ ((row >> 1) & 3) : chunk ^ (row & 7))) * 16;
 }
 
 /// Query fragments of 16 rows: lane (g, t) holds rows g and g + 8, read where the pointers say, or zeros.
@@ -39,7 +44,8 @@ struct Query {
         Vec16 v[2] = {};
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            if (row[i]) v[i] = load128(row[i] + (block * 4 + (threadIdx.x & 3)) * 16);
+            const int chunk = block * 4 + (threadIdx.x & 3);
+            if (row[i] && chunk < HD / 8) v[i] = load128(row[i] + chunk * 16);
         }
         first[0] = v[0].word[0], first[1] = v[1].word[0], first[2] = v[0].word[1], first[3] = v[1].word[1];
         second[0] = v[0].word[2], second[1] = v[1].word[2], second[2] = v[0].word[3], second[3] = v[1].word[3];
@@ -54,12 +60,12 @@ struct Online {
     float m[2] = {MINUS_INFINITY, MINUS_INFINITY}, l[2] = {};
     float o[HD / 8][4] = {};
     Query<HD> query;
-    u32 kept[KEEP_QUERY ? HD / 32 : 1][2][4];
+    u32 kept[KEEP_QUERY ? CHUNKS<HD> / 4 : 1][2][4];
 
     DEVICE explicit Online(Query<HD> q) : query(q) {
         if constexpr (KEEP_QUERY) {
 #pragma unroll
-            for (int block = 0; block < HD / 32; block++) query.fragment(block, kept[block][0], kept[block][1]);
+            for (int block = 0; block < CHUNKS<HD> / 4; block++) query.fragment(block, kept[block][0], kept[block][1]);
         }
     }
 
@@ -70,7 +76,7 @@ struct Online {
 #pragma unroll
         for (int j = 0; j < TILES; j++) s[j][0] = s[j][1] = s[j][2] = s[j][3] = 0.0f;
 #pragma unroll
-        for (int block = 0; block < HD / 32; block++) {
+        for (int block = 0; block < CHUNKS<HD> / 4; block++) {
             u32 fresh[2][4];
             if constexpr (!KEEP_QUERY) query.fragment(block, fresh[0], fresh[1]);
             const auto& q = pick(fresh, block);
@@ -143,9 +149,9 @@ struct Online {
 template <class T, int HD>
 DEVICE void load_tokens(unsigned char* keys, unsigned char* values, const T* k_cache, const T* v_cache, const int* pages, int first,
                         int count, int end, int kv_head, int kv_heads, int thread, int threads) {
-    for (int i = thread; i < count * (HD / 8); i += threads) {
-        const int token = i / (HD / 8), chunk = i % (HD / 8), position = first + token;
-        const bool valid = position < end;
+    for (int i = thread; i < count * CHUNKS<HD>; i += threads) {
+        const int token = i / CHUNKS<HD>, chunk = i % CHUNKS<HD>, position = first + token;
+        const bool valid = position < end && chunk < HD / 8;
         const u64 from = valid ? cache_offset(pages[position / PAGE_SIZE], position % PAGE_SIZE, kv_head, kv_heads, HD) + chunk * 8 : 0;
         copy_async16_or_zero(keys + key_place<HD>(token, chunk), k_cache + from, valid);
         copy_async16_or_zero(values + value_place<HD>(token, chunk), v_cache + from, valid);
@@ -156,8 +162,8 @@ DEVICE void load_tokens(unsigned char* keys, unsigned char* values, const T* k_c
 template <class T, int HD>
 struct Decode {
     static constexpr int WARPS = HD == 256 ? 2 : 4;
-    static constexpr int STAGES = HD == 64 ? 4 : 2;
-    static constexpr int HALF_BYTES = PAGE_SIZE * HD * 2;  // a page's keys, or its values
+    static constexpr int STAGES = HD <= 64 ? 4 : 2;
+    static constexpr int HALF_BYTES = PAGE_SIZE * CHUNKS<HD> * 16;  // a page's keys, or its values
 
     T* out;
     float* partial;
@@ -294,8 +300,8 @@ struct Decode {
 // ---- Prefill ------------------------------------------------------------------------------------------------------
 template <class T, int HD>
 struct Prefill {
-    static constexpr int ROWS = 64, KEYS = HD == 256 ? 32 : 64;
-    static constexpr int HALF_BYTES = KEYS * HD * 2;
+    static constexpr int ROWS = 64, KEYS = HD == 256 ? 16 : 64;  // registers allow no more
+    static constexpr int HALF_BYTES = KEYS * CHUNKS<HD> * 16;
 
     DEVICE static void run(T* out, const T* q, const T* k_cache, const T* v_cache, const int* query_start, const int* context_len, const int* pages,
                            const int* page_start, const int* tile_seq, const int* tile_first, int heads, int kv_heads) {
@@ -368,10 +374,14 @@ struct Prefill {
         Prefill<T, HD>::run(out, q, k_cache, v_cache, query_start, context_len, pages, page_start, tile_seq, tile_first, heads, kv_heads); \
     }
 
+ATTENTION(Bf16, bf16_16, 16)
+ATTENTION(Bf16, bf16_32, 32)
 ATTENTION(Bf16, bf16_64, 64)
 ATTENTION(Bf16, bf16_96, 96)
 ATTENTION(Bf16, bf16_128, 128)
 ATTENTION(Bf16, bf16_256, 256)
+ATTENTION(F16, f16_16, 16)
+ATTENTION(F16, f16_32, 32)
 ATTENTION(F16, f16_64, 64)
 ATTENTION(F16, f16_96, 96)
 ATTENTION(F16, f16_128, 128)

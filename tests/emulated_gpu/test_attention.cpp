@@ -86,7 +86,7 @@ struct Attention {
         Buffer<int> context = ints(c.contexts), list = ints(pages), start = ints(page_start), tickets(size_t(sequences) * c.kv_heads);
         Buffer<float> partial(c.splits > 1 ? size_t(sequences) * c.heads * c.splits * (HD + 2) : 1);
         tickets.fill(0);
-        launch(name.c_str(), {unsigned(sequences), unsigned(c.kv_heads), unsigned(c.splits)}, HD == 256 ? 64 : 128, HD == 96 ? 49152 : 65536, {*q, *k, *v}, [&] {
+        launch(name.c_str(), {unsigned(sequences), unsigned(c.kv_heads), unsigned(c.splits)}, HD == 256 ? 64 : 128, HD <= 32 ? 32768 : HD == 96 ? 49152 : 65536, {*q, *k, *v}, [&] {
             kernel(out->get(), q->get(), k->get(), v->get(), context.get(), list.get(), start.get(), partial.get(), tickets.get(), c.heads, c.kv_heads, c.splits);
         });
         tickets_are_zero(tickets);
@@ -99,7 +99,7 @@ struct Attention {
         for (int s = 0; s < sequences; s++)
             for (int r = 0; r < c.queries[s]; r += 64) sequence.push_back(s), first.push_back(r);
         Buffer<int> rows = ints(query_start), context = ints(c.contexts), list = ints(pages), start = ints(page_start), tile_seq = ints(sequence), tile_first = ints(first);
-        launch(name.c_str(), {unsigned(sequence.size()), unsigned(c.heads)}, 128, HD == 64 ? 32768 : HD == 96 ? 49152 : 65536, {*q, *k, *v}, [&] {
+        launch(name.c_str(), {unsigned(sequence.size()), unsigned(c.heads)}, 128, HD <= 32 ? 16384 : HD == 64 || HD == 256 ? 32768 : HD == 96 ? 49152 : 65536, {*q, *k, *v}, [&] {
             kernel(out->get(), q->get(), k->get(), v->get(), rows.get(), context.get(), list.get(), start.get(), tile_seq.get(), tile_first.get(), c.heads, c.kv_heads);
         });
         check(name);
@@ -118,10 +118,14 @@ void both(auto decode, auto prefill) {
 }
 
 void cases() {
+    both<Bf16, 16>(attention_decode_bf16_16, attention_prefill_bf16_16);
+    both<Bf16, 32>(attention_decode_bf16_32, attention_prefill_bf16_32);
     both<Bf16, 64>(attention_decode_bf16_64, attention_prefill_bf16_64);
     both<Bf16, 96>(attention_decode_bf16_96, attention_prefill_bf16_96);
     both<Bf16, 128>(attention_decode_bf16_128, attention_prefill_bf16_128);
     both<Bf16, 256>(attention_decode_bf16_256, attention_prefill_bf16_256);
+    both<F16, 16>(attention_decode_f16_16, attention_prefill_f16_16);
+    both<F16, 32>(attention_decode_f16_32, attention_prefill_f16_32);
     both<F16, 64>(attention_decode_f16_64, attention_prefill_f16_64);
     both<F16, 96>(attention_decode_f16_96, attention_prefill_f16_96);
     both<F16, 128>(attention_decode_f16_128, attention_prefill_f16_128);
