@@ -184,7 +184,7 @@ struct Block {
     Dim id;
     std::vector<Fiber> fibers;
     std::vector<Warp> warps;
-    std::vector<unsigned> sequence;
+    unsigned slow_warp = ~0u;  // in shuffled orders: one that rarely gets its turn
     size_t arrived = 0, left = 0;
     uint64_t generation = 0;
     Site barrier{"", 0};
@@ -227,6 +227,7 @@ struct Run {
     Launch launch;
     std::vector<unsigned> blocks;
     size_t next = 0;
+    std::vector<unsigned> turns;  // of all threads of the resident blocks
     std::vector<std::unique_ptr<Block>> resident;
     uint64_t released = 0;  // 1 once the producer has ended
 
@@ -235,7 +236,7 @@ struct Run {
         fill();
     }
     ~Run() {
-        for (auto& block : resident) close(*block, false);
+        for (auto& block : resident) close(*block);
     }
     bool fill() {
         bool added = false;
@@ -248,16 +249,17 @@ struct Run {
         return added;
     }
     void open(Block& block, unsigned index);
-    void close(Block& block, bool finished);
+    void close(Block& block);
     bool pass();
-    void settle() {
+    /// As far as the blocks that are resident get before the producer has ended.
+    void prologue() {
         while (pass()) {
         }
     }
-    void prologue() { settle(); }
     void finish() {
         released = 1;
-        settle();
+        if (resident.empty()) fill();
+        prologue();
         if (!resident.empty()) deadlock();
     }
     [[noreturn]] void deadlock();
@@ -280,7 +282,7 @@ inline void Run::open(Block& block, unsigned index) {
     size_t threads = launch.block.count();
     block.fibers.resize(threads);
     block.warps.resize((threads + 31) / 32);
-    block.sequence = order().first(threads);
+    if (order().kind == Order::Shuffled && order().below(2)) block.slow_warp = order().below(unsigned(block.warps.size()));
     if (launch.shared) {
         block.dynamic = static_cast<unsigned char*>(aligned_alloc(128, (launch.shared + 127) / 128 * 128));
         memset(block.dynamic, POISON, (launch.shared + 127) / 128 * 128);
@@ -301,7 +303,7 @@ inline void Run::open(Block& block, unsigned index) {
     }
 }
 
-inline void Run::close(Block& block, bool) {
+inline void Run::close(Block& block) {
     for (Fiber& fiber : block.fibers) take_stack(true, fiber.stack);
 #if defined(__SANITIZE_ADDRESS__)
     if (block.dynamic) __asan_unpoison_memory_region(block.dynamic, (launch.shared + 127) / 128 * 128);
@@ -313,21 +315,25 @@ inline void Run::close(Block& block, bool) {
 /// Runs every fiber that can go on, once each. False when none could.
 inline bool Run::pass() {
     moved = false;
+    const size_t threads = launch.block.count();
+    if (turns.size() != resident.size() * threads) turns = order().first(resident.size() * threads);
+    else order().arrange(turns);
+    std::vector<unsigned> stalled(resident.size(), ~0u);
     for (size_t b = 0; b < resident.size(); b++) {
-        Block& block = *resident[b];
-        order().arrange(block.sequence);
-        for (unsigned i : block.sequence) {
-            Fiber& fiber = block.fibers[i];
-            if (fiber.done || (fiber.gate && *fiber.gate == fiber.seen)) continue;
-            fiber.gate = nullptr;
-            current = &fiber;
-            moved = true;
-            switch_to(scheduler, fiber.context);
-        }
+        if (resident[b]->slow_warp != ~0u && order().below(8)) stalled[b] = resident[b]->slow_warp;
+    }
+    for (unsigned turn : turns) {
+        Fiber& fiber = resident[turn / threads]->fibers[turn % threads];
+        if (fiber.done || (fiber.gate && *fiber.gate == fiber.seen)) continue;
+        moved = true;
+        if (fiber.warp == stalled[turn / threads]) continue;
+        fiber.gate = nullptr;
+        current = &fiber;
+        switch_to(scheduler, fiber.context);
     }
     for (size_t b = 0; b < resident.size();) {
         if (resident[b]->left == resident[b]->fibers.size()) {
-            close(*resident[b], true);
+            close(*resident[b]);
             resident.erase(resident.begin() + long(b));
         } else {
             b++;
