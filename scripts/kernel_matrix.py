@@ -94,6 +94,14 @@ def committed():
     return {(line[0], line[1]): int(line[2]) for line in lines}
 
 
+def unregistered(rows):
+    """Differences between the kernels that compile and those the emulated device knows."""
+    with open(os.path.join(ROOT, "tests", "emulated_gpu", "entries.inc")) as file:
+        known = set(re.findall(r"^KERNEL\((\w+),", file.read(), re.MULTILINE))
+    for name in sorted(known ^ {row[0] for row in rows}):
+        yield f"{name} is only {'in entries.inc' if name in known else 'in kernels/'}"
+
+
 def faults(rows, before, update):
     for name, arch, registers, _, spills, stack in rows:
         if name.startswith(HOT) and (spills or stack):
@@ -122,6 +130,8 @@ def main():
     errors = [error for _, error in results if error]
     part = bool(choice.arch or choice.file)
     errors += faults(rows, {} if part else committed(), choice.update)
+    if not part:
+        errors += unregistered(rows)
     if part:
         for row in rows:
             print("\t".join(map(str, row)))

@@ -34,7 +34,7 @@ void must_refuse(const char* what, int line, const std::string& words, std::func
 void go(unsigned threads, std::function<void()> body) { emu::run({emu::Launch{"kernel", {2}, {threads}, 256, false, std::move(body)}}); }
 
 void refusals() {
-    must_refuse("divergent barriers", __LINE__, "deadlock", [] { go(64, [] { if (threadIdx.x < 40) __syncwarp(); else __syncthreads(); }); });
+    must_refuse("divergent barriers", __LINE__, "deadlock", [] { go(64, [] { if (threadIdx.x < 31) __syncwarp(); else __syncthreads(); }); });
     must_refuse("barrier after an exit", __LINE__, "have left", [] { emu::order().set("forward"); go(64, [] { if (threadIdx.x < 32) return; __syncthreads(); }); });
     must_refuse("lane outside its mask", __LINE__, "outside its mask", [] { go(32, [] { __shfl_sync(0xFFFFu, 1, 0); }); });
     must_refuse("source outside the mask", __LINE__, "outside the mask", [] { go(32, [] { if (threadIdx.x < 16) __shfl_sync(0xFFFFu, 1, 20); }); });
