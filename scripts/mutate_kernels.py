@@ -37,7 +37,7 @@ def outcome(test, kernels, folder):
 
 
 def planted(mutation):
-    """None when the bug was caught, else the complaint."""
+    """(None when the bug was caught, else the complaint; what the test said)"""
     with tempfile.TemporaryDirectory() as folder:
         kernels = os.path.join(folder, "kernels")
         shutil.copytree(KERNELS, kernels)
@@ -68,12 +68,12 @@ def main():
             passed, said = outcome(test, KERNELS, folder)
         if not passed:
             sys.exit(f"{test} fails without any planted bug: {said}")
-    with ThreadPoolExecutor(choice.jobs) as pool:
-        results = list(pool.map(planted, mutations))
     missed = 0
-    for mutation, (complaint, said) in zip(mutations, results):
-        missed += complaint is not None
-        print(f"{'MISSED' if complaint else 'caught'}  {mutation['file']}: {mutation['models']}: {complaint or said}")
+    with ThreadPoolExecutor(choice.jobs) as pool:
+        for mutation, (complaint, said) in zip(mutations, pool.map(planted, mutations)):
+            missed += complaint is not None
+            verdict = "MISSED" if complaint else "caught"
+            print(f"{verdict}  {mutation['file']}: {mutation['models']}: {complaint or said}", flush=True)
     print(f"{len(mutations) - missed} of {len(mutations)} planted bugs caught")
     return 1 if missed else 0
 
