@@ -437,3 +437,21 @@ fn a_place_that_cannot_take_the_record_is_refused_before_anything_is_measured() 
         );
     }
 }
+
+#[test]
+fn an_unknown_way_of_cutting_text_is_an_error_and_not_a_guess() {
+    let folder = tempdir().unwrap();
+    let mut model = std::fs::read(tiny_model().join("model.gguf")).unwrap();
+    let known = b"smollm";
+    let at = model.windows(known.len()).position(|bytes| bytes == known).expect("the tokenizer's pre");
+    model[at..at + known.len()].copy_from_slice(b"smullm");
+    std::fs::write(folder.path().join("odd.gguf"), model).unwrap();
+    std::fs::write(folder.path().join("prompts.jsonl"), "{\"id\": \"a\", \"text\": \"hello\"}\n").unwrap();
+    assert_refused(
+        folder.path(),
+        LITTLE_MEMORY,
+        &["check", "--prompts", "prompts.jsonl", "-m", "odd.gguf", "--out", "scores.jsonl"],
+        BAD_FILE,
+        &["odd.gguf", "tokenizer.ggml.pre is \"smullm\"", "expected smollm, llama-bpe, qwen2 or gpt-2"],
+    );
+}
