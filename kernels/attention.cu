@@ -222,7 +222,7 @@ struct Decode {
         *l_out = l;
         return o;
     }
-    DEVICE static T quotient(float o, float l) { return from_f32<T>(l > 0.0f ? o / l : 0.0f); }
+    DEVICE static T quotient(float o, float l) { return from_f32<T>(l == 0.0f ? 0.0f : o / l); }
 
     /// Brings the warps' results together: to `out`, or to this split's part.
     DEVICE void merge_warps(Online<T, HD>& online, float* shared) const {

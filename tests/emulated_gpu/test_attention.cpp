@@ -112,7 +112,7 @@ void both(auto decode, auto prefill) {
                           {2, 2, {40}, {}, 2, true}}) {
         Attention<T, HD>(c).decode(decode);
     }
-    for (const Case& c : {Case{1, 1, {1}, {1}}, {4, 1, {17, 64, 5}, {17, 64, 2}}, {2, 2, {130, 81, 16}, {70, 1, 15}}, {2, 1, {193}, {129}}, {1, 1, {40}, {20}, 1, true}}) {
+    for (const Case& c : {Case{1, 1, {1}, {1}}, {4, 1, {17, 64, 5}, {17, 64, 2}}, {6, 2, {130, 81, 16}, {70, 1, 15}}, {2, 1, {193}, {129}}, {1, 1, {40}, {20}, 1, true}}) {
         Attention<T, HD>(c).prefill(prefill);
     }
 }
