@@ -38,24 +38,35 @@ constexpr int STAGE_BYTES = (M_TILE + N_TILE) * K_TILE * 2;
 /// Place of a 16-byte chunk (0..3) of a row: eight rows of one chunk fall into different banks.
 DEVICE int place(int row, int chunk) { return row * 64 + ((chunk ^ ((row >> 1) & 3)) << 4); }
 
-/// Row of w that is row `r` of block column `block`; -1 beyond the end.
+struct Tile {
+    int m, n;
+};
+/// Blocks that run together take M_GROUP rows of tiles and a few columns, so that both operands come from L2.
+DEVICE Tile tile_of_block() {
+    constexpr int M_GROUP = 8;
+    const int linear = blockIdx.y * gridDim.x + blockIdx.x, first = linear / (M_GROUP * gridDim.x) * M_GROUP;
+    const int rows = min(M_GROUP, int(gridDim.y) - first), within = linear - first * gridDim.x;
+    return {first + within % rows, within / rows};
+}
+
+/// Row of w that is row `r` of tile column `tile`; -1 beyond the end.
 template <Epilogue E>
-DEVICE int weight_row(int block, int r, int N) {
+DEVICE int weight_row(int tile, int r, int N) {
     if constexpr (E == SILU) {
-        const int feature = block * 64 + (r >> 5) * 16 + (r & 15);
+        const int feature = tile * 64 + (r >> 5) * 16 + (r & 15);
         return feature < N ? feature + ((r & 16) ? N : 0) : -1;
     }
-    const int row = block * N_TILE + r;
+    const int row = tile * N_TILE + r;
     return row < N ? row : -1;
 }
 
 template <Epilogue E, class T>
-DEVICE void load_stage(unsigned char* stage, const T* a, const T* w, int M, int N, int K, int k_first) {
+DEVICE void load_stage(unsigned char* stage, const T* a, const T* w, Tile tile, int M, int N, int K, int k_first) {
     for (int i = threadIdx.x; i < (M_TILE + N_TILE) * 4; i += 256) {
         const int chunk = i & 3, k = k_first + chunk * 8;
         const bool is_weight = i >= M_TILE * 4;
         const int r = (i >> 2) - (is_weight ? M_TILE : 0);
-        int row = is_weight ? weight_row<E>(blockIdx.x, r, N) : int(blockIdx.y) * M_TILE + r;
+        int row = is_weight ? weight_row<E>(tile.n, r, N) : tile.m * M_TILE + r;
         if (!is_weight && row >= M) row = -1;
         const bool valid = row >= 0 && k < K;
         const T* from = is_weight ? w : a;
@@ -87,7 +98,7 @@ DEVICE void multiply_stage(const unsigned char* stage, float (&sum)[4][4][4]) {
 }
 
 template <Epilogue E, class T>
-DEVICE void write(void* y, const float (&sum)[4][4][4], int M, int N) {
+DEVICE void write(void* y, const float (&sum)[4][4][4], Tile tile, int M, int N) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     constexpr int columns = E == SILU ? 2 : 4;
 #pragma unroll
@@ -96,8 +107,8 @@ DEVICE void write(void* y, const float (&sum)[4][4][4], int M, int N) {
         for (int j = 0; j < columns; j++) {
 #pragma unroll
             for (int v = 0; v < 4; v++) {
-                const int m = blockIdx.y * M_TILE + (warp >> 2) * 64 + i * 16 + (lane >> 2) + (v >> 1) * 8;
-                const int n = blockIdx.x * (E == SILU ? 64 : 128) + (warp & 3) * (E == SILU ? 16 : 32) + j * 8 + (lane & 3) * 2 + (v & 1);
+                const int m = tile.m * M_TILE + (warp >> 2) * 64 + i * 16 + (lane >> 2) + (v >> 1) * 8;
+                const int n = tile.n * (E == SILU ? 64 : 128) + (warp & 3) * (E == SILU ? 16 : 32) + j * 8 + (lane & 3) * 2 + (v & 1);
                 if (m < M && n < N) finish<E, T>(y, m, n, N, sum[i][j][v], sum[i][E == SILU ? j + 2 : j][v]);
             }
         }
@@ -109,21 +120,22 @@ DEVICE void gemm(void* y, const T* a, const T* w, int M, int N, int K) {
     SHARED(unsigned char, ring, STAGES * STAGE_BYTES);
     float sum[4][4][4] = {};
     const int steps = (K + K_TILE - 1) / K_TILE;
+    const Tile tile = tile_of_block();
     pdl_wait();
     for (int s = 0; s < STAGES - 1; s++) {
-        if (s < steps) load_stage<E>(ring + s * STAGE_BYTES, a, w, M, N, K, s * K_TILE);
+        if (s < steps) load_stage<E>(ring + s * STAGE_BYTES, a, w, tile, M, N, K, s * K_TILE);
         copy_commit();
     }
     for (int s = 0; s < steps; s++) {
         copy_wait<STAGES - 2>();
         __syncthreads();
         const int next = s + STAGES - 1;
-        if (next < steps) load_stage<E>(ring + next % STAGES * STAGE_BYTES, a, w, M, N, K, next * K_TILE);
+        if (next < steps) load_stage<E>(ring + next % STAGES * STAGE_BYTES, a, w, tile, M, N, K, next * K_TILE);
         copy_commit();
         multiply_stage<T>(ring + s % STAGES * STAGE_BYTES, sum);
     }
     pdl_launch();
-    write<E, T>(y, sum, M, N);
+    write<E, T>(y, sum, tile, M, N);
 }
 }  // namespace tiled
 

@@ -69,7 +69,7 @@ void all_epilogues(decltype(&gemm_tiled_bf16_store_f32), auto store, auto residu
 
 void cases() {
     int which = 0;
-    for (Shape c : {Shape{1, 8, 8}, {3, 130, 72}, {127, 24, 96}, {128, 128, 32}, {129, 136, 40}, {200, 72, 104}, {65, 257, 264}, {17, 64, 8}}) {
+    for (Shape c : {Shape{1, 8, 8}, {3, 130, 72}, {127, 24, 96}, {128, 128, 32}, {129, 136, 40}, {200, 72, 104}, {65, 257, 264}, {17, 64, 8}, {1300, 257, 8}}) {
         for (int i = 0; i < 3; i++, which++) {
             all_epilogues<Bf16>(nullptr, gemm_tiled_bf16_store_f32, gemm_tiled_bf16_residual, gemm_tiled_bf16_silu, c, 0, which);
             if (c.M < 100) all_epilogues<F16>(nullptr, gemm_tiled_f16_store_f32, gemm_tiled_f16_residual, gemm_tiled_f16_silu, c, 0, which);
