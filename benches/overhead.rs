@@ -3,6 +3,7 @@
 //! alone and of whole windows that the runner measures; the work is O(batch), and at batch 64 it should stay below
 //! 20 µs.
 
+#![allow(clippy::unwrap_used)]
 #![allow(clippy::print_stdout)]
 
 use std::sync::atomic::AtomicBool;

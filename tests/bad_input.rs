@@ -1,6 +1,8 @@
 //! Broken inputs through the whole program. Each is refused within seconds and 4 GB, with one line that names the file,
 //! the thing, what was expected and what was found, the documented exit code, and nothing left behind.
 
+#![allow(clippy::unwrap_used)]
+
 #[path = "weights/files.rs"]
 #[allow(dead_code)]
 mod files;

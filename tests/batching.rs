@@ -1,6 +1,8 @@
 //! The engine over the real CPU backend: batching, paging, chunking and the order of arrival never change what a
 //! request gets. Greedy tokens are compared with the reference's, one request at a time, one token at a time.
 
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use std::sync::OnceLock;

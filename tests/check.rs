@@ -1,5 +1,7 @@
 //! The verb `check` through the binary, on the tiny models.
 
+#![allow(clippy::unwrap_used)]
+
 use std::path::Path;
 use std::process::{Command, Output};
 

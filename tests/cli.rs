@@ -1,5 +1,7 @@
 //! The program from outside: what it prints, to where, with which exit code, and what it leaves when it is stopped.
 
+#![allow(clippy::unwrap_used)]
+
 #[path = "common/program.rs"]
 mod program;
 

@@ -1,6 +1,8 @@
 //! What the documents say of the code is held against the code: the record's fields, the map of the source, the lists
 //! of suites and models, the example, and every link between them.
 
+#![allow(clippy::unwrap_used)]
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 

@@ -1,5 +1,7 @@
 //! The forward pass against numpy in float64, on weights of every architecture and format.
 
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use std::borrow::Cow;

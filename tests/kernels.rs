@@ -1,6 +1,8 @@
 //! The CUDA kernels on the emulated device: each program of `tests/emulated_gpu` is built with g++ and run in several
 //! thread orders, as it is and under the address sanitizer. What a planted bug does to them: scripts/mutate_kernels.py.
 
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use std::path::{Path, PathBuf};

@@ -1,6 +1,8 @@
 //! Data flows one way: no module names a later one. Every path in the source is parsed, not only `use` lines, and
 //! `super` is followed, so that no reference slips through.
 
+#![allow(clippy::unwrap_used)]
+
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 

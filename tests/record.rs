@@ -1,5 +1,7 @@
 //! The record's format: its schema, its identities, its hash, and what reading refuses.
 
+#![allow(clippy::unwrap_used)]
+
 #[path = "common/program.rs"]
 mod program;
 

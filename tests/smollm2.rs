@@ -1,6 +1,8 @@
 //! SmolLM2 through the binary, `check --prompts`, against llama.cpp's evaluation of the same weights dequantised to
 //! float32 (`tests/goldens/smollm2_logprobs.py`): the text is tokenised, every position scored, and continued.
 
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
+
 mod common;
 
 use std::collections::HashMap;

@@ -170,6 +170,9 @@ enum Variant {
     QkNorm,
 }
 
+/// Weights of [`Backend::attn_in`] on backend `B`.
+type AttnInOf<B> = AttnIn<<B as Backend>::Weight>;
+
 /// The same thing on both backends.
 struct Both<X, Y> {
     a: X,
@@ -242,10 +245,7 @@ impl<A: Backend, B: Backend> Rig<'_, A, B> {
         self.compare("attention", note, &out, tokens, q_size)
     }
 
-    fn attn_in_weights(
-        &mut self,
-        variant: Variant,
-    ) -> anyhow::Result<Both<AttnIn<A::Weight>, AttnIn<B::Weight>>> {
+    fn attn_in_weights(&mut self, variant: Variant) -> anyhow::Result<Both<AttnInOf<A>, AttnInOf<B>>> {
         let (q, kv, head_dim) = (self.shape.q_size(), self.shape.kv_size(), self.shape.head_dim);
         let norm = self.vector(self.shape.hidden_size)?;
         let qkv = self.matrices(WeightUse::Qkv, &[q, kv, kv], self.shape.hidden_size)?;
