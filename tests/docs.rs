@@ -178,7 +178,7 @@ fn differences(structure: &str, fields: &BTreeSet<String>, listed: &BTreeSet<Str
 }
 
 fn documents() -> Vec<(PathBuf, String)> {
-    let files = FOLDERS.iter().flat_map(|folder| entries(folder));
+    let files = FOLDERS.iter().flat_map(entries);
     files
         .filter(|path| path.extension().is_some_and(|extension| extension == "md"))
         .map(|path| (path.clone(), read(&path)))

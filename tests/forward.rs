@@ -1,6 +1,6 @@
 //! The forward pass against numpy in float64, on weights of every architecture and format.
 
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 mod common;
 
