@@ -143,6 +143,7 @@ void cases() {
     stream_of(d.stream).waiting.clear();
     EXPECT(cuStreamDestroy_v2(other), 0);
     EXPECT(cuEventDestroy_v2(event), 0);
+    EXPECT(cuModuleUnload(module), 0);
     for (u64 p : {table, d.tokens, d.previous, x, d.gain, d.normed}) EXPECT(cuMemFree_v2(p), 0);
 }
 int main(int argc, char** argv) { return main_of(argc, argv, cases); }
