@@ -6,6 +6,7 @@
 //! The peer runs when `$PYTHON` (else python3) can import llama_cpp; otherwise its column stays empty. Medians over
 //! the rounds. Both engines want every core to themselves: on a busy machine the ratios mean nothing.
 
+#![allow(clippy::unwrap_used)]
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 use std::path::{Path, PathBuf};

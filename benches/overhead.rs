@@ -1,17 +1,25 @@
 //! What the harness itself costs per step: scheduling, bookkeeping and events, without any model. The fake engine on
-//! a real clock answers at once, so all the time is ours. Prints µs per step for several batch sizes; the work is
-//! O(batch), and at batch 64 it should stay below 20 µs.
+//! a real clock answers at once, so all the time is ours. Prints µs per step for several batch sizes, of the engine
+//! alone and of whole windows that the runner measures; the work is O(batch), and at batch 64 it should stay below
+//! 20 µs.
 
+#![allow(clippy::unwrap_used)]
 #![allow(clippy::print_stdout)]
+
+use std::sync::atomic::AtomicBool;
 
 use tokmeter::backend::Sampling;
 use tokmeter::clock::Clock;
 use tokmeter::engine::{Engine, EngineLimits, FakeEngine, FakeScript, Request, StepOutput};
+use tokmeter::record::{Outcome, Workload};
+use tokmeter::runner::{Protocol, Stage, Witness, measure};
 
 const BATCHES: [usize; 4] = [1, 8, 64, 256];
 const ISL: usize = 512;
 const OSL: u32 = 256;
 const REPEATS: usize = 15;
+const WINDOW: Protocol =
+    Protocol { repeat: 1, min_window_ns: 5_000_000, max_window_ns: 10_000_000_000, warmup_ns: 0, seed: 0 };
 
 fn main() {
     println!(
@@ -22,6 +30,8 @@ fn main() {
         let mut bench = Bench::new(batch);
         bench.report("decode", Bench::decode);
         bench.report("continuous batching, mixed steps", Bench::serve);
+        bench.report("runner: decode cell", Bench::decode_cell);
+        bench.report("runner: serve-closed cell", Bench::serve_cell);
     }
 }
 
@@ -99,6 +109,39 @@ impl Bench {
             }
             left -= finished.min(left);
         })
+    }
+
+    /// A decode window as the runner measures it.
+    fn decode_cell(&mut self) -> Pass {
+        let (batch, depth) = (self.batch as u32, ISL as u32);
+        self.window(Workload::Decode { batch, depth, osl: OSL - 1 })
+    }
+
+    /// A closed loop as the runner measures it.
+    fn serve_cell(&mut self) -> Pass {
+        let concurrency = self.batch as u32;
+        self.window(Workload::ServeClosed {
+            concurrency,
+            isl: ISL as u32,
+            osl: OSL,
+            requests: 4 * concurrency,
+        })
+    }
+
+    /// The window of one run: the engine's steps, the runner's trace of them, and in a serving cell its arrivals.
+    fn window(&mut self, workload: Workload) -> Pass {
+        let mut stage = Stage {
+            engine: &mut self.engine,
+            clock: self.clock.clone(),
+            witness: Witness::blind(),
+            stop: &AtomicBool::new(false),
+            device: "fake".to_owned(),
+            on_run: &mut |_, _| {},
+        };
+        let cell = measure(&mut stage, &workload, &WINDOW);
+        assert_eq!(cell.outcome, Outcome::Measured);
+        let window = &cell.runs[0].windows[0];
+        Pass { ns: window.t1_ns - window.t0_ns, steps: window.steps, decode_tokens: window.tokens_out }
     }
 
     fn report(&mut self, work: &str, pass: fn(&mut Self) -> Pass) {

@@ -2,6 +2,8 @@
 //! unmodified kernels, lets the real host code run. Tests named `on_the_device_…` run in a child process in which the
 //! loader finds that driver; what they compare with is the reference backend.
 
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
+
 mod common;
 
 use std::path::{Path, PathBuf};
@@ -132,30 +134,41 @@ fn cuda_model(path: &str, options: CudaOptions) -> (Cuda, Model<Cuda>) {
     (cuda, model)
 }
 
-/// Log-probabilities under teacher forcing. Tolerance: 0.02 nat on average, 0.1 at most, over all 320 tokens of the
-/// vocabulary; bf16 has eight bits of mantissa and these models two layers.
+/// Log-probabilities of the whole vocabulary under teacher forcing.
+fn log_probabilities<B: Backend>(mut backend: B, path: &str, text: &[u32]) -> Vec<f64> {
+    let weights = open(Path::new(path)).unwrap();
+    let model = Model::load(&mut backend, weights.as_ref(), &mut |_| {}).unwrap();
+    let score = score(&mut backend, &model, text, weights.config().vocab_size, 4).unwrap();
+    let by_token = |mut top: Vec<(u32, f64)>| {
+        top.sort_by_key(|(token, _)| *token);
+        top.into_iter().map(|(_, log)| log)
+    };
+    score.top.into_iter().flat_map(by_token).collect()
+}
+
+/// Ours may be no further from f32 than a plain implementation that rounds what it keeps to bf16: at most a tenth
+/// further, on average and in the worst hundredth.
 #[test]
 #[ignore = "runs in a child process with the stand-in driver"]
 fn on_the_device_the_forward_pass() {
     let text: Vec<u32> = (0..100u32).map(|i| (i * 37 + i * i) % 320).collect();
     for path in TINY {
-        let weights = open(Path::new(path)).unwrap();
-        let mut reference = Reference::new(shape_of(weights.config()));
-        let right_model = Model::load(&mut reference, weights.as_ref(), &mut |_| {}).unwrap();
-        let right = score(&mut reference, &right_model, &text, 320, 4).unwrap();
-        let (mut cuda, model) = cuda_model(path, CudaOptions::default());
-        let found = score(&mut cuda, &model, &text, 320, 4).unwrap();
-        let (mut sum, mut largest, mut count) = (0f64, 0f64, 0u32);
-        for (right, found) in right.top.iter().zip(&found.top) {
-            let found: std::collections::HashMap<u32, f64> = found.iter().copied().collect();
-            for (token, log) in right {
-                let error = (log - found[token]).abs();
-                (sum, largest, count) = (sum + error, largest.max(error), count + 1);
-            }
-        }
-        let mean = sum / f64::from(count);
-        println!("{path}: log-probabilities differ by {mean:.5} on average, {largest:.5} at most");
-        assert!(mean < 0.02 && largest < 0.1, "{path}: {mean} on average, {largest} at most");
+        let shape = shape_of(open(Path::new(path)).unwrap().config());
+        let right = log_probabilities(Reference::new(shape.clone()), path, &text);
+        let bf16 = |value| half::bf16::from_f32(value).to_f32();
+        let rounded = log_probabilities(Reference::rounding(shape.clone(), bf16), path, &text);
+        let found = log_probabilities(Cuda::new(0, shape, CudaOptions::default()).unwrap(), path, &text);
+        let errors = |values: &[f64]| {
+            let mut errors: Vec<f64> = values.iter().zip(&right).map(|(a, b)| (a - b).abs()).collect();
+            errors.sort_by(f64::total_cmp);
+            (errors.iter().sum::<f64>() / errors.len() as f64, errors[errors.len() / 100 * 99])
+        };
+        let (ours, plain) = (errors(&found), errors(&rounded));
+        println!(
+            "{path}: mean {:.5}, p99 {:.5} nat from f32; plain bf16 {:.5}, {:.5}",
+            ours.0, ours.1, plain.0, plain.1
+        );
+        assert!(ours.0 <= 1.1 * plain.0 && ours.1 <= 1.1 * plain.1, "{path}: {ours:?}, plain bf16 {plain:?}");
     }
 }
 
@@ -337,7 +350,7 @@ fn each_failure_is_one_clear_error() {
         (&[("EMU_COMPUTE_CAPABILITY", "75")], "cuda:0", "compute capability 7.5, expected at least 8.0"),
         (&[], "cuda:1", "there is no device cuda:1: the driver shows 1"),
         (&[("EMU_MEMORY_BYTES", "300000")], "cuda:0", "out of device memory: matrix products needs "),
-        (&[("EMU_MEMORY_BYTES", "800000")], "cuda:0", "uploading model."),
+        (&[("EMU_MEMORY_BYTES", "700000")], "cuda:0", "uploading model."),
         (&[("EMU_OTHER_BYTES", "536000000")], "cuda:0", "out of device memory: "),
     ] {
         let folder = tempfile::tempdir().unwrap();

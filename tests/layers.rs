@@ -1,6 +1,8 @@
 //! Data flows one way: no module names a later one. Every path in the source is parsed, not only `use` lines, and
 //! `super` is followed, so that no reference slips through.
 
+#![allow(clippy::unwrap_used)]
+
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
@@ -162,7 +164,6 @@ impl Finder {
             syn::UseTree::Name(name) => self.note(&[&prefix[..], &[name.ident.to_string()]].concat()),
             syn::UseTree::Rename(name) => self.note(&[&prefix[..], &[name.ident.to_string()]].concat()),
             syn::UseTree::Glob(_) => self.note(prefix),
-            _ => {}
         }
     }
 

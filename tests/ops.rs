@@ -1,5 +1,7 @@
 //! Every operation of the CPU backend against the reference, at the tolerances of `backend::check`.
 
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
+
 use tokmeter::backend::check::{OpCheck, check_ops};
 use tokmeter::backend::{Cpu, CpuDType, Reference, Shape};
 use tokmeter::weights::StoredDType;

@@ -1,5 +1,7 @@
 //! The runner over the scripted engine, where every time is known in advance.
 
+#![allow(clippy::unwrap_used)]
+
 use std::sync::atomic::AtomicBool;
 
 use tokmeter::clock::Clock;

@@ -29,6 +29,12 @@ impl Quantiles {
                 Maybe::Missing(missing) => reason.clone_from(&missing.missing),
             }
         }
+        // A histogram answers with the upper end of a bucket; the exact extremes are tighter.
+        let exact = |pick: fn(&LatencyHistogram) -> u64| parts.iter().map(move |part| pick(part));
+        let (min_ns, max_ns) = (
+            exact(|part| part.min_ns).min().unwrap_or(0),
+            exact(|part| part.max_ns).max().unwrap_or(u64::MAX),
+        );
         let sum_ns: u128 = parts.iter().map(|part| u128::from(part.sum_ns)).sum();
         let merged = match merge_histograms(parts) {
             Ok(Some(merged)) => merged,
@@ -39,7 +45,7 @@ impl Quantiles {
             if merged.len() < fewest {
                 return Maybe::missing(format!("needs_{fewest}_observations"));
             }
-            Maybe::Value(merged.value_at_quantile(quantile) as f64)
+            Maybe::Value(merged.value_at_quantile(quantile).min(max_ns).max(min_ns) as f64)
         };
         Maybe::Value(Quantiles {
             count: merged.len(),

@@ -146,22 +146,22 @@ fn tokens_and_seconds(run: &Run, kind: TokenKind) -> (u64, f64) {
             TokenKind::Input => window.tokens_in,
             TokenKind::Output => window.tokens_out,
         };
-        (tokens + counted, seconds + window.t1_ns.saturating_sub(window.t0_ns) as f64 / 1e9)
+        (tokens.saturating_add(counted), seconds + window.t1_ns.saturating_sub(window.t0_ns) as f64 / 1e9)
     })
 }
 
 fn throughput(cell: &Cell) -> Maybe<Throughput> {
     let kind = headline(&cell.workload);
     let parts: Vec<(u64, f64)> = cell.runs.iter().map(|run| tokens_and_seconds(run, kind)).collect();
-    let tokens: u64 = parts.iter().map(|(tokens, _)| tokens).sum();
+    let tokens: u128 = parts.iter().map(|(tokens, _)| u128::from(*tokens)).sum();
     let seconds: f64 = parts.iter().map(|(_, seconds)| seconds).sum();
     if seconds <= 0.0 {
         return Maybe::missing("no_run");
     }
     let tokens_per_s = tokens as f64 / seconds;
-    let all: u64 = [TokenKind::Input, TokenKind::Output]
+    let all: u128 = [TokenKind::Input, TokenKind::Output]
         .iter()
-        .flat_map(|kind| cell.runs.iter().map(|run| tokens_and_seconds(run, *kind).0))
+        .flat_map(|kind| cell.runs.iter().map(|run| u128::from(tokens_and_seconds(run, *kind).0)))
         .sum();
     let rates: Vec<f64> =
         parts.iter().filter(|(_, s)| *s > 0.0).map(|(tokens, s)| *tokens as f64 / s).collect();
@@ -226,8 +226,8 @@ fn flags(cell: &Cell) -> Vec<Flag> {
     if cell.runs.iter().any(|run| run.steady == Steady::Unsustainable) {
         flags.push(Flag::Unsustainable);
     }
-    let requests: u64 =
-        cell.runs.iter().filter_map(|run| run.drain.value()).map(|drain| drain.unfinished).sum();
+    let drains = cell.runs.iter().filter_map(|run| run.drain.value());
+    let requests = drains.fold(0u64, |sum, drain| sum.saturating_add(drain.unfinished));
     if requests > 0 {
         flags.push(Flag::Unfinished { requests });
     }

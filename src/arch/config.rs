@@ -27,7 +27,7 @@ impl Architecture {
 
 /// How positions beyond the trained length are treated.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
-#[serde(tag = "kind", rename_all = "lowercase")]
+#[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
 pub enum RopeScaling {
     None,
     /// Every frequency divided by `factor`.
@@ -48,6 +48,7 @@ pub enum RopeScaling {
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(deny_unknown_fields)]
 pub struct Rope {
     pub theta: f64,
     pub scaling: RopeScaling,
@@ -55,6 +56,7 @@ pub struct Rope {
 
 /// A dense decoder's shape under the names of Hugging Face's `config.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(deny_unknown_fields)]
 pub struct Config {
     pub architecture: Architecture,
     pub hidden_size: usize,

@@ -56,13 +56,33 @@ pub struct ReferenceKv {
 #[derive(Debug)]
 pub struct Reference {
     shape: Shape,
+    /// Applied to every value that is kept: weights, activations, keys and values, the residual stream, logits.
+    round: fn(f32) -> f32,
     memory: Memory,
     samples: SampleQueue,
 }
 
 impl Reference {
     pub fn new(shape: Shape) -> Self {
-        Reference { shape, memory: Memory::default(), samples: SampleQueue::default() }
+        Self::rounding(shape, |value| value)
+    }
+
+    /// What an ordinary implementation in a narrower type computes: sums are exact, everything kept is rounded by
+    /// `round`. The yardstick for backends in that type.
+    pub fn rounding(shape: Shape, round: fn(f32) -> f32) -> Self {
+        Reference { shape, round, memory: Memory::default(), samples: SampleQueue::default() }
+    }
+
+    fn keep(&self, values: &mut [f32]) {
+        values.iter_mut().for_each(|value| *value = (self.round)(*value));
+    }
+
+    /// `x += y · weightᵀ` for the batch's tokens.
+    fn add_product(&self, batch: &Batch, weight: &Matrix, y: &Matrix, x: &mut Matrix) {
+        for t in 0..batch.num_tokens() {
+            add(x.row_mut(t), &product(weight, y.row(t)));
+            self.keep(x.row_mut(t));
+        }
     }
 }
 
@@ -83,7 +103,8 @@ impl Backend for Reference {
 
     fn upload(&mut self, usage: WeightUse, parts: &[HostTensor<'_>]) -> anyhow::Result<Arc<Matrix>> {
         let (_, columns) = stack::stacked_shape(usage, parts)?;
-        let values = stack::to_f32(parts)?;
+        let mut values = stack::to_f32(parts)?;
+        self.keep(&mut values);
         self.memory.weights_bytes += size_of_val(values.as_slice()) as u64;
         Ok(Arc::new(Matrix { columns, values }))
     }
@@ -135,7 +156,9 @@ impl Backend for Reference {
         let (q_size, kv_size) = (self.shape.q_size(), self.shape.kv_size());
         let LayerKv { keys, values } = &mut kv.layers[layer];
         for t in 0..batch.num_tokens() {
-            let mut qkv = product(&weights.qkv, &rms_norm(x.row(t), weights.norm.row(0), eps));
+            let mut normed = rms_norm(x.row(t), weights.norm.row(0), eps);
+            self.keep(&mut normed);
+            let mut qkv = product(&weights.qkv, &normed);
             if let Some(bias) = &weights.bias {
                 add(&mut qkv, bias.row(0));
             }
@@ -147,6 +170,8 @@ impl Backend for Reference {
                 }
                 rotate(vector, batch.positions[t], &self.shape.inv_freq);
             }
+            self.keep(rotated);
+            self.keep(value);
             let slot = batch.slots[t] as usize;
             q.row_mut(t).copy_from_slice(&rotated[..q_size]);
             keys.row_mut(slot).copy_from_slice(&rotated[q_size..]);
@@ -179,6 +204,7 @@ impl Backend for Reference {
                     let query = &q.row(t)[head * head_dim..][..head_dim];
                     let mixed = &mut out.row_mut(t)[head * head_dim..][..head_dim];
                     attend(query, visible, key, value, mixed);
+                    self.keep(mixed);
                 }
             }
         }
@@ -192,7 +218,7 @@ impl Backend for Reference {
         attended: &Matrix,
         x: &mut Matrix,
     ) -> anyhow::Result<()> {
-        add_product(batch, o_proj, attended, x);
+        self.add_product(batch, o_proj, attended, x);
         Ok(())
     }
 
@@ -204,12 +230,14 @@ impl Backend for Reference {
         out: &mut Matrix,
     ) -> anyhow::Result<()> {
         for t in 0..batch.num_tokens() {
-            let normed = rms_norm(x.row(t), weights.norm.row(0), self.shape.rms_norm_eps);
+            let mut normed = rms_norm(x.row(t), weights.norm.row(0), self.shape.rms_norm_eps);
+            self.keep(&mut normed);
             let gate_up = product(&weights.gate_up, &normed);
             let (gate, up) = gate_up.split_at(self.shape.intermediate_size);
             for (out, (&gate, &up)) in out.row_mut(t).iter_mut().zip(gate.iter().zip(up)) {
                 *out = gate / (1.0 + (-gate).exp()) * up;
             }
+            self.keep(out.row_mut(t));
         }
         Ok(())
     }
@@ -221,7 +249,7 @@ impl Backend for Reference {
         activated: &Matrix,
         x: &mut Matrix,
     ) -> anyhow::Result<()> {
-        add_product(batch, down_proj, activated, x);
+        self.add_product(batch, down_proj, activated, x);
         Ok(())
     }
 
@@ -234,8 +262,10 @@ impl Backend for Reference {
     ) -> anyhow::Result<()> {
         let mut samples = Vec::with_capacity(batch.sample_rows.len());
         for (s, (&row, &sampling)) in batch.sample_rows.iter().zip(&batch.sampling).enumerate() {
-            let normed = rms_norm(x.row(row as usize), head.norm.row(0), self.shape.rms_norm_eps);
+            let mut normed = rms_norm(x.row(row as usize), head.norm.row(0), self.shape.rms_norm_eps);
+            self.keep(&mut normed);
             logits.row_mut(s).copy_from_slice(&product(&head.lm_head, &normed));
+            self.keep(logits.row_mut(s));
             samples.push(sampling::choose(logits.row(s), sampling, batch.positions[row as usize])?);
         }
         self.samples.push(samples);
@@ -275,13 +305,6 @@ fn dot(a: &[f32], b: &[f32]) -> f64 {
 fn add(x: &mut [f32], y: &[f32]) {
     for (x, y) in x.iter_mut().zip(y) {
         *x += y;
-    }
-}
-
-/// `x += y · weightᵀ` for the batch's tokens.
-fn add_product(batch: &Batch, weight: &Matrix, y: &Matrix, x: &mut Matrix) {
-    for t in 0..batch.num_tokens() {
-        add(x.row_mut(t), &product(weight, y.row(t)));
     }
 }
 

@@ -47,7 +47,7 @@ fn ln(x: f32) -> f32 {
         -1.666_805_7e-1,
         2.000_071_5e-1,
         -2.499_999_4e-1,
-        3.333_333_1e-1,
+        3.333_333e-1,
     ];
     let square = f * f;
     let series = TERMS[1..].iter().fold(TERMS[0], |sum, &term| sum.mul_add(f, term));

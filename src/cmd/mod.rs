@@ -1,9 +1,11 @@
 //! One file per verb: its arguments, its help and its `run`. Results go to stdout, everything else to stderr; the exit
 //! code and the printing of errors are decided in [`execute`] alone.
 
-//mod check;
+mod check;
+mod device;
 mod doctor;
 mod interrupt;
+mod model;
 mod models;
 mod progress;
 mod report;
@@ -12,6 +14,7 @@ mod validate;
 
 use std::io::Write as _;
 
+use anyhow::Context as _;
 use clap::{Parser, Subcommand};
 
 /// Something ran but did not succeed.
@@ -30,6 +33,7 @@ pub const INTERRUPTED: u8 = 130;
     about = "Measures how many tokens a machine makes per second, per joule and per dollar",
     after_help = "Examples:\n  tokmeter run                              measure this machine with the default model\n  \
                   tokmeter run --batch 1,8 --depth 512      only decoding, at two batch sizes\n  \
+                  tokmeter check                            is what this machine computes right\n  \
                   tokmeter doctor                           what is here, what is missing, and the remedy\n  \
                   tokmeter report RECORD.json               a record as Markdown\n\n\
                   Exit codes: 0 done, 1 something failed, 2 usage, 3 broken or foreign file, 130 interrupted"
@@ -42,7 +46,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Verb {
     Run(Box<run::Args>),
-    //Check(check::Args),
+    Check(check::Args),
     Doctor(doctor::Args),
     Models(models::Args),
     Validate(validate::Args),
@@ -90,7 +94,7 @@ pub fn execute() -> u8 {
     };
     let result = match cli.verb {
         Verb::Run(args) => run::run(*args),
-        //Verb::Check(args) => check::run(args),
+        Verb::Check(args) => check::run(args),
         Verb::Doctor(args) => doctor::run(args),
         Verb::Models(args) => models::run(args),
         Verb::Validate(args) => validate::run(args),
@@ -100,9 +104,6 @@ pub fn execute() -> u8 {
 }
 
 fn fail(error: &anyhow::Error) -> u8 {
-    if is_broken_pipe(error) {
-        return 0;
-    }
     let code = if error.is::<Usage>() {
         USAGE
     } else if error.is::<BadFile>() || error.is::<crate::record::ReadError>() {
@@ -116,18 +117,15 @@ fn fail(error: &anyhow::Error) -> u8 {
     code
 }
 
-fn is_broken_pipe(error: &anyhow::Error) -> bool {
-    error.chain().any(|cause| {
-        cause.downcast_ref::<std::io::Error>().is_some_and(|io| io.kind() == std::io::ErrorKind::BrokenPipe)
-    })
-}
-
-/// Writes a result to stdout.
+/// Writes a result to stdout. A reader that has seen enough and closed the pipe is no error.
 pub(crate) fn print(text: &str) -> anyhow::Result<()> {
     let mut stdout = std::io::stdout().lock();
-    stdout.write_all(text.as_bytes())?;
-    stdout.flush()?;
-    Ok(())
+    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(error).context("stdout: cannot write the result")
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Writes a remark to stderr.

@@ -1,13 +1,13 @@
 //! The verb `models`: which checkpoints are known, what they weigh, and their files in the cache.
 
-use std::io::{self, Write};
+use std::io::Write;
 
 use clap::Subcommand;
 use comfy_table::{CellAlignment, Table, presets};
 
 use super::interrupt;
 use super::progress::FetchBar;
-use super::usage;
+use super::{print, usage};
 use crate::arch::{self, Config, RopeScaling, TensorRole};
 use crate::units::{format_bytes, format_count};
 use crate::weights::StoredDType;
@@ -62,13 +62,15 @@ enum Action {
 /// # Errors
 /// When a name is unknown, a fetch fails, or stdout cannot be written (a closed pipe is no error).
 pub fn run(args: Args) -> anyhow::Result<u8> {
-    let out = &mut io::stdout().lock();
-    match args.action.unwrap_or(Action::List) {
-        Action::List => list(out).map(|()| 0),
-        Action::Show { name } => show(out, &find(&name)?).map(|()| 0),
-        Action::Fetch { name, offline } => fetch(out, &name, offline).map(|()| 0),
-        Action::Verify { name } => verify(out, name.as_deref()),
-    }
+    let mut out = Vec::new();
+    let code = match args.action.unwrap_or(Action::List) {
+        Action::List => list(&mut out).map(|()| 0),
+        Action::Show { name } => show(&mut out, &find(&name)?).map(|()| 0),
+        Action::Fetch { name, offline } => fetch(&mut out, &name, offline).map(|()| 0),
+        Action::Verify { name } => verify(&mut out, name.as_deref()),
+    }?;
+    print(&String::from_utf8_lossy(&out))?;
+    Ok(code)
 }
 
 fn find(name: &str) -> anyhow::Result<KnownModel> {

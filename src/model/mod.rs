@@ -1,11 +1,13 @@
 //! The forward pass of the dense decoder family, written once over [`Backend`]'s operations, and the loading of its
 //! weights. Knows architectures, not devices and not requests.
 
-use anyhow::Context as _;
+pub mod check;
+
+use anyhow::{Context as _, bail};
 
 use crate::arch::{Config, layer_prefix};
 use crate::backend::{AttnIn, Backend, Batch, BufferUse, Head, MlpIn, Shape, StepKey, WeightUse};
-use crate::weights::{HostTensor, Weights};
+use crate::weights::{HostTensor, Weights, first_non_finite};
 
 /// The shapes a backend needs, from a model's configuration.
 pub fn shape_of(config: &Config) -> Shape {
@@ -70,7 +72,7 @@ impl<B: Backend> Model<B> {
     /// Brings every tensor to the device; `progress` is told the bytes of each as stored.
     ///
     /// # Errors
-    /// Names the tensor that is missing, misshapen or does not fit.
+    /// Names the tensor that is missing, misshapen, not finite or does not fit.
     pub fn load(
         backend: &mut B,
         weights: &dyn Weights,
@@ -140,10 +142,22 @@ impl<B: Backend> Loader<'_, B> {
     fn stacked(&mut self, usage: WeightUse, names: &[String]) -> anyhow::Result<B::Weight> {
         let parts: Vec<HostTensor<'_>> =
             names.iter().map(|name| self.weights.tensor(name)).collect::<anyhow::Result<_>>()?;
+        parts.iter().try_for_each(|part| self.refuse_non_finite(part))?;
         let weight =
             self.backend.upload(usage, &parts).with_context(|| format!("uploading {}", names.join(", ")))?;
         (self.progress)(parts.iter().map(|part| part.bytes.len() as u64).sum());
         Ok(weight)
+    }
+
+    /// One value that is no number makes every later one so, and its speed means nothing.
+    fn refuse_non_finite(&self, tensor: &HostTensor<'_>) -> anyhow::Result<()> {
+        let Some(index) = first_non_finite(tensor) else { return Ok(()) };
+        let file = self.weights.file_of(&tensor.name).map(|file| format!("{}: ", file.display()));
+        bail!(
+            "{}tensor {} has a value that is NaN or infinite at index {index}, expected finite numbers",
+            file.unwrap_or_default(),
+            tensor.name
+        )
     }
 
     fn layer(&mut self, config: &Config, prefix: &str) -> anyhow::Result<Layer<B>> {

@@ -43,7 +43,7 @@ impl Workload {
     pub fn lengths(&self) -> (u32, u32) {
         match *self {
             Workload::Prefill { isl, .. } => (isl, 1),
-            Workload::Decode { depth, osl, .. } => (depth, osl + 1),
+            Workload::Decode { depth, osl, .. } => (depth, osl.saturating_add(1)),
             Workload::Generate { isl, osl, .. }
             | Workload::ServeClosed { isl, osl, .. }
             | Workload::ServeOpen { isl, osl, .. } => (isl, osl),

@@ -1,8 +1,11 @@
 //! Latency distributions: HdrHistogram in nanoseconds, stored whole so that runs can be merged without averaging
 //! percentiles. The wire form is the V2 deflate format that every HdrHistogram port reads, in base64.
 
+use std::io::Read as _;
+
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use flate2::read::ZlibDecoder;
 use hdrhistogram::Histogram;
 use hdrhistogram::serialization::{Deserializer, Serializer as _, V2DeflateSerializer};
 use schemars::JsonSchema;
@@ -16,6 +19,14 @@ const SIGNIFICANT_DIGITS: u8 = 3;
 const ENCODING: &str = "hdr-v2-deflate-base64";
 /// Longest base64 text that is decoded; a real histogram of these bounds stays far below.
 const LONGEST_DATA: usize = 4 << 20;
+/// Most bytes that it may inflate to: these bounds have about 23 000 counts of at most nine bytes.
+const LONGEST_PLAIN: usize = 1 << 20;
+/// Most values in one histogram. Sums over thousands of runs then stay far inside 64 bits.
+const MOST_VALUES: u64 = 1 << 48;
+/// Begins the deflated form.
+const DEFLATED_COOKIE: [u8; 4] = 0x1c84_9314_u32.to_be_bytes();
+/// Bytes before the counts: cookie, their length, then what [`plain_parameters`] gives.
+const PLAIN_HEADER: usize = 40;
 
 /// The distributions of one run, each over the requests that arrived in its windows.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -83,12 +94,18 @@ impl LatencyHistogram {
     /// The stored histogram.
     ///
     /// # Errors
-    /// When the encoding is another one, or the data is broken or disagrees with `count`.
+    /// When the encoding or the bounds are others, or the data is broken or disagrees with `count`.
     pub fn decode(&self) -> Result<Histogram<u64>, String> {
         if self.encoding != ENCODING || self.unit != "ns" {
             return Err(format!(
                 "histogram is {} in {}, expected {ENCODING} in ns",
                 self.encoding, self.unit
+            ));
+        }
+        if (self.low_ns, self.high_ns, self.significant_digits) != (LOW_NS, HIGH_NS, SIGNIFICANT_DIGITS) {
+            return Err(format!(
+                "histogram spans {} to {} ns with {} digits, expected {LOW_NS} to {HIGH_NS} with {SIGNIFICANT_DIGITS}",
+                self.low_ns, self.high_ns, self.significant_digits
             ));
         }
         if self.data.len() > LONGEST_DATA {
@@ -100,13 +117,54 @@ impl LatencyHistogram {
         let bytes =
             STANDARD.decode(&self.data).map_err(|error| format!("histogram is no base64: {error}"))?;
         let histogram: Histogram<u64> = Deserializer::new()
-            .deserialize(&mut bytes.as_slice())
+            .deserialize(&mut inflate(&bytes)?.as_slice())
             .map_err(|error| format!("histogram cannot be decoded: {error:?}"))?;
-        if histogram.len() != self.count {
-            return Err(format!("histogram holds {} values, expected count {}", histogram.len(), self.count));
+        if histogram.len() != self.count || self.count > MOST_VALUES {
+            return Err(format!(
+                "histogram holds {} values, expected count {} and at most {MOST_VALUES}",
+                histogram.len(),
+                self.count
+            ));
         }
         Ok(histogram)
     }
+}
+
+/// The plain V2 form. Its header is checked here because the decoder reserves whatever a header announces.
+fn inflate(bytes: &[u8]) -> Result<Vec<u8>, String> {
+    let Some(deflated) = bytes.strip_prefix(&DEFLATED_COOKIE).and_then(|rest| rest.get(4..)) else {
+        return Err("histogram does not begin as the V2 deflate format does".to_owned());
+    };
+    let mut plain = Vec::new();
+    ZlibDecoder::new(deflated)
+        .take(LONGEST_PLAIN as u64 + 1)
+        .read_to_end(&mut plain)
+        .map_err(|error| format!("histogram cannot be inflated: {error}"))?;
+    if plain.len() > LONGEST_PLAIN || plain.len() < PLAIN_HEADER {
+        return Err(format!(
+            "histogram inflates to {} bytes or more, expected {PLAIN_HEADER} to {LONGEST_PLAIN}",
+            plain.len()
+        ));
+    }
+    let (header, counts) = plain.split_at(PLAIN_HEADER);
+    if header[4..8] != (counts.len() as u32).to_be_bytes() || header[8..] != plain_parameters() {
+        return Err("histogram's own header has another length or other bounds".to_owned());
+    }
+    // The one code whose negation overflows in the decoder; counts below MOST_VALUES never look like it.
+    if counts.windows(9).any(|code| code == [0xff; 9]) {
+        return Err("histogram skips more counts than there are".to_owned());
+    }
+    Ok(plain)
+}
+
+/// Offset, digits, bounds and ratio as the V2 header has them.
+fn plain_parameters() -> [u8; PLAIN_HEADER - 8] {
+    let mut parameters = [0; PLAIN_HEADER - 8];
+    parameters[4..8].copy_from_slice(&u32::from(SIGNIFICANT_DIGITS).to_be_bytes());
+    parameters[8..16].copy_from_slice(&LOW_NS.to_be_bytes());
+    parameters[16..24].copy_from_slice(&HIGH_NS.to_be_bytes());
+    parameters[24..].copy_from_slice(&1.0_f64.to_be_bytes());
+    parameters
 }
 
 /// Merges histograms of several runs; `None` when there are none.
@@ -192,9 +250,45 @@ mod tests {
             LatencyHistogram { data: good.data[..good.data.len() / 2 / 4 * 4].into(), ..good.clone() },
             LatencyHistogram { count: 1, ..good.clone() },
             LatencyHistogram { encoding: "csv".into(), ..good.clone() },
+            LatencyHistogram { low_ns: 1, ..good.clone() },
+            LatencyHistogram { significant_digits: 2, ..good.clone() },
         ];
         for histogram in broken {
             assert!(histogram.decode().is_err());
+        }
+    }
+
+    /// The deflated form of any plain bytes.
+    fn deflated(plain: &[u8]) -> String {
+        let mut encoder = flate2::write::ZlibEncoder::new(Vec::new(), flate2::Compression::best());
+        std::io::Write::write_all(&mut encoder, plain).unwrap();
+        let body = encoder.finish().unwrap();
+        STANDARD.encode([&DEFLATED_COOKIE[..], &(body.len() as u32).to_be_bytes(), &body].concat())
+    }
+
+    #[test]
+    fn a_header_that_would_reserve_gigabytes_is_refused_before_it_does() {
+        let good = LatencyHistogram::of(sample(3)).unwrap();
+        let plain = inflate(&STANDARD.decode(&good.data).unwrap()).unwrap();
+        let data = |data| LatencyHistogram { data, ..good.clone() };
+        assert_eq!(data(deflated(&plain)).decode(), good.decode(), "the helper is right");
+        let edited = |at: usize, bytes: &[u8]| {
+            let mut plain = plain.clone();
+            plain[at..at + bytes.len()].copy_from_slice(bytes);
+            deflated(&plain)
+        };
+        let cases = [
+            (edited(4, &[0xff; 4]), "another length"),
+            (edited(8, &[1]), "other bounds"),
+            (edited(15, &[5]), "other bounds"),
+            (edited(24, &[0x7f; 8]), "other bounds"),
+            (edited(PLAIN_HEADER, &[0xff; 9]), "skips more counts"),
+            (deflated(&vec![0; 3 * LONGEST_PLAIN]), "inflates to"),
+            (deflated(&plain[..20]), "inflates to"),
+        ];
+        for (broken, expected) in cases {
+            let reason = data(broken).decode().expect_err(expected);
+            assert!(reason.contains(expected), "{reason}");
         }
     }
 }

@@ -24,17 +24,25 @@ pub use cell::{
 pub use histogram::{Latency, LatencyHistogram, merge as merge_histograms};
 pub use maybe::{Maybe, Missing};
 pub use redact::redacted;
-pub use store::{ReadError, Store, parse, read, write_atomically};
+pub use store::{ReadError, Store, check_place, parse, read, write_atomically};
 pub use validate::{Violation, canonical_sha256, hex, violations};
 
 /// Name and major version of the format. A file with another major version is refused.
 pub const SCHEMA: &str = "tokmeter-record/1";
+
+/// The JSON Schema of the format: the text of `results/schema.json`.
+pub fn json_schema() -> String {
+    let schema = schemars::schema_for!(Record);
+    let text = serde_json::to_string_pretty(&schema).expect("a schema is plain JSON");
+    text + "\n"
+}
 
 /// One invocation of `tokmeter run`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Record {
     /// `tokmeter-record/1`
+    #[schemars(extend("const" = SCHEMA))]
     pub schema: String,
     /// Why this file must not be used as a measurement (fake engine, emulated device, planted slow-down).
     #[serde(default, skip_serializing_if = "Option::is_none")]

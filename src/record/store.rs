@@ -2,10 +2,11 @@
 //! same folder, flushed to the disk, then renamed.
 
 use std::fs::File;
-use std::io::{Read as _, Write as _};
+use std::io::{self, Read as _, Write as _};
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
+use tempfile::NamedTempFile;
 
 use super::{Record, SCHEMA};
 
@@ -40,37 +41,76 @@ impl Store {
     pub fn save(&self, record: &Record) -> anyhow::Result<()> {
         let mut text = serde_json::to_string_pretty(record)?;
         text.push('\n');
-        write_atomically(&self.path, text.as_bytes())
-            .map_err(|error| anyhow::anyhow!("{}: cannot write the record: {error}", self.path.display()))
+        write_atomically(&self.path, text.as_bytes()).map_err(|error| unwritable(&self.path, &error))
     }
 }
 
-/// Writes `bytes` to `path` as a whole or not at all.
+/// Whether a record could be written to `path`, found out by writing nothing there: before a model is loaded for
+/// minutes, and long before anything is measured.
 ///
 /// # Errors
-/// The file system's own error; nothing is left behind then.
-pub fn write_atomically(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
-    let folder = match path.parent() {
+/// Names the path and the cause.
+pub fn check_place(path: &Path) -> anyhow::Result<()> {
+    let checked = real_target(path).and_then(|target| temporary_beside(&target));
+    checked.map(drop).map_err(|error| unwritable(path, &error))
+}
+
+fn unwritable(path: &Path, error: &io::Error) -> anyhow::Error {
+    anyhow::anyhow!("{}: cannot write the record: {error}", path.display())
+}
+
+/// Writes `bytes` to `path` as a whole or not at all. A symbolic link is followed, not replaced.
+///
+/// # Errors
+/// The file system's own error, or that `path` is no regular file; nothing is left behind then.
+pub fn write_atomically(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let target = real_target(path)?;
+    let mut temporary = temporary_beside(&target)?;
+    temporary.write_all(bytes).map_err(without_path)?;
+    temporary.as_file().sync_all()?;
+    set_usual_permissions(temporary.as_file())?;
+    temporary.persist(target).map_err(|error| error.error)?;
+    Ok(())
+}
+
+/// The file to replace. A rename would replace a device such as /dev/null by a file, so only regular files pass.
+fn real_target(path: &Path) -> io::Result<PathBuf> {
+    match path.metadata() {
+        Ok(metadata) if metadata.is_file() => path.canonicalize(),
+        Ok(metadata) => {
+            let kind = if metadata.is_dir() { "a folder" } else { "no regular file" };
+            Err(io::Error::other(format!("it is {kind}, expected a file or a new name")))
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(path.to_owned()),
+        Err(error) => Err(error),
+    }
+}
+
+fn temporary_beside(target: &Path) -> io::Result<NamedTempFile> {
+    let folder = match target.parent() {
         Some(folder) if !folder.as_os_str().is_empty() => folder,
         _ => Path::new("."),
     };
-    let mut temporary = tempfile::Builder::new().prefix(".tokmeter-").suffix(".tmp").tempfile_in(folder)?;
-    temporary.write_all(bytes)?;
-    temporary.as_file().sync_all()?;
-    set_usual_permissions(temporary.as_file())?;
-    temporary.persist(path).map_err(|error| error.error)?;
-    Ok(())
+    tempfile::Builder::new().prefix(".tokmeter-").suffix(".tmp").tempfile_in(folder).map_err(without_path)
+}
+
+/// The system's error alone: tempfile adds its random name, which tells a reader nothing.
+fn without_path(error: io::Error) -> io::Error {
+    match error.to_string().split_once(" at path ") {
+        Some((system, _)) => io::Error::new(error.kind(), system.to_owned()),
+        None => error,
+    }
 }
 
 /// Temporary files are private; a record is as readable as any other file the user makes.
 #[cfg(unix)]
-fn set_usual_permissions(file: &File) -> std::io::Result<()> {
+fn set_usual_permissions(file: &File) -> io::Result<()> {
     use std::os::unix::fs::PermissionsExt as _;
     file.set_permissions(std::fs::Permissions::from_mode(0o644))
 }
 
 #[cfg(not(unix))]
-fn set_usual_permissions(_file: &File) -> std::io::Result<()> {
+fn set_usual_permissions(_file: &File) -> io::Result<()> {
     Ok(())
 }
 
@@ -126,5 +166,29 @@ pub fn parse(text: &str) -> Result<Record, String> {
         None => return Err(format!("has no field schema, expected {SCHEMA}")),
     }
     // Parsed from the text again, because only then does an error know its line and column.
-    serde_json::from_str(text).map_err(|error| format!("is no valid {SCHEMA}: {error}"))
+    let invalid = |error: serde_json::Error| format!("is no valid {SCHEMA}: {error}");
+    let record: Record = serde_json::from_str(text).map_err(invalid)?;
+    let known = serde_json::to_value(&record).map_err(invalid)?;
+    match foreign_field(&value, &known) {
+        None => Ok(record),
+        Some(name) => Err(format!("is no valid {SCHEMA}: unknown field `{name:.60}`")),
+    }
+}
+
+/// A field of `given` that `known`, the same record written again, does not have. Serde itself lets unknown fields
+/// pass beside the `kind` of a variant without fields.
+fn foreign_field<'a>(given: &'a Value, known: &Value) -> Option<&'a str> {
+    match (given, known) {
+        (Value::Object(given), Value::Object(known)) => {
+            given.iter().find_map(|(name, value)| match known.get(name) {
+                Some(known) => foreign_field(value, known),
+                // An optional field that was written as null.
+                None => (!value.is_null()).then_some(name.as_str()),
+            })
+        }
+        (Value::Array(given), Value::Array(known)) => {
+            given.iter().zip(known).find_map(|(given, known)| foreign_field(given, known))
+        }
+        _ => None,
+    }
 }

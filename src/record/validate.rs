@@ -1,8 +1,9 @@
 //! The identities that a record must satisfy whoever made it, and the hash that names its content.
 
+use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 
-use super::{Cell, LatencyHistogram, Maybe, Outcome, Record, RequestRow, Run, Window};
+use super::{Cell, LatencyHistogram, Maybe, Outcome, Record, RequestRow, Run, Status, Window};
 
 /// One identity that does not hold.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -12,13 +13,31 @@ pub struct Violation {
     pub what: String,
 }
 
+/// Largest integer that canonical JSON keeps exact: its numbers are 64-bit floating point.
+const LARGEST_EXACT: u64 = (1 << 53) - 1;
+
 /// SHA-256 of the record in canonical JSON (RFC 8785), so that whitespace and key order do not matter.
 ///
 /// # Errors
-/// When the record holds a number that JSON cannot express.
+/// When the record holds a number that JSON cannot express, or an integer that canonical JSON would round: two
+/// records could then differ and still have one hash.
 pub fn canonical_sha256(record: &Record) -> anyhow::Result<String> {
+    if let Some(number) = inexact_integer(&serde_json::to_value(record)?) {
+        anyhow::bail!(
+            "holds the integer {number}, expected at most {LARGEST_EXACT} for an exact canonical form"
+        );
+    }
     let canonical = serde_json_canonicalizer::to_vec(record)?;
     Ok(hex(&Sha256::digest(canonical)))
+}
+
+fn inexact_integer(value: &Value) -> Option<u64> {
+    match value {
+        Value::Number(number) => number.as_u64().filter(|integer| *integer > LARGEST_EXACT),
+        Value::Array(items) => items.iter().find_map(inexact_integer),
+        Value::Object(fields) => fields.values().find_map(inexact_integer),
+        _ => None,
+    }
 }
 
 /// Lower-case hexadecimal.
@@ -29,14 +48,36 @@ pub fn hex(bytes: &[u8]) -> String {
 /// Everything in `record` that contradicts itself.
 pub fn violations(record: &Record) -> Vec<Violation> {
     let mut found = Vec::new();
+    check_progress(record, &mut found);
     for (index, cell) in record.cells.iter().enumerate() {
         let place = format!("cells[{index}] {}", cell.key);
         check_cell(record, cell, &place, &mut found);
-        for run in &cell.runs {
-            check_run(cell, run, &format!("{place}, run {}", run.index), &mut found);
+        for (index, run) in cell.runs.iter().enumerate() {
+            let place = format!("{place}, run {index}");
+            require(&mut found, &place, run.index as usize == index, || {
+                format!("index is {}, expected {index}", run.index)
+            });
+            check_run(cell, run, &place, &mut found);
         }
     }
     found
+}
+
+/// Cells are measured in the planned order, and how many there are fits the status.
+fn check_progress(record: &Record, found: &mut Vec<Violation>) {
+    let planned = &record.command.planned_cells;
+    let in_order = record.cells.iter().map(|cell| &cell.key).eq(planned.iter().take(record.cells.len()));
+    require(found, "cells", in_order, || {
+        "expected the first of command.planned_cells, in their order".to_owned()
+    });
+    let whole = record.status != Status::Complete || record.cells.len() == planned.len();
+    require(found, "status", whole, || {
+        format!("complete with {} cells, expected {}", record.cells.len(), planned.len())
+    });
+    let ended = record.finished_at.value().is_some();
+    require(found, "finished_at", ended == (record.status != Status::Running), || {
+        format!("does not fit status {:?}, expected a time in all but a running record", record.status)
+    });
 }
 
 fn require(found: &mut Vec<Violation>, place: &str, holds: bool, what: impl FnOnce() -> String) {
@@ -48,8 +89,6 @@ fn require(found: &mut Vec<Violation>, place: &str, holds: bool, what: impl FnOn
 fn check_cell(record: &Record, cell: &Cell, place: &str, found: &mut Vec<Violation>) {
     let key = cell.workload.key();
     require(found, place, cell.key == key, || format!("key is {}, expected {key}", cell.key));
-    let planned = record.command.planned_cells.contains(&cell.key);
-    require(found, place, planned, || "the cell is not among command.planned_cells".to_owned());
     let all_runs = cell.runs.len() == record.command.repeat as usize;
     require(found, place, cell.outcome != Outcome::Measured || all_runs, || {
         format!("measured with {} runs, expected {}", cell.runs.len(), record.command.repeat)
@@ -70,7 +109,8 @@ fn check_run(cell: &Cell, run: &Run, place: &str, found: &mut Vec<Violation>) {
         let ordered = histogram.min_ns <= histogram.max_ns && histogram.count > 0;
         require(found, place, ordered, || format!("latency.{name}: count, min_ns and max_ns do not fit"));
     }
-    let steps: u64 = run.windows.iter().map(|window| window.steps).sum();
+    check_latency(run, place, found);
+    let steps = run.windows.iter().fold(0u64, |steps, window| steps.saturating_add(window.steps));
     if let Maybe::Value(step) = &run.latency.step {
         require(found, place, step.count == steps, || {
             format!("latency.step holds {} values, expected the windows' {steps} steps", step.count)
@@ -78,6 +118,24 @@ fn check_run(cell: &Cell, run: &Run, place: &str, found: &mut Vec<Violation>) {
     }
     for check in run.checks.iter().filter(|check| !check.ok) {
         require(found, place, false, || format!("check {} failed: {}", check.name, check.detail));
+    }
+}
+
+/// Count, extremes and sum of what the rows alone determine.
+fn check_latency(run: &Run, place: &str, found: &mut Vec<Violation>) {
+    let since_arrival =
+        |row: &RequestRow, at: &Maybe<u64>| at.value().map(|at| at.saturating_sub(row.arrival_ns));
+    let ttft: Vec<u64> =
+        run.requests.iter().filter_map(|row| since_arrival(row, &row.first_token_ns)).collect();
+    let complete = run.requests.iter().filter(|row| row.complete);
+    let e2e: Vec<u64> = complete.filter_map(|row| since_arrival(row, &row.last_token_ns)).collect();
+    for (name, histogram, values) in [("ttft", &run.latency.ttft, ttft), ("e2e", &run.latency.e2e, e2e)] {
+        let Some(histogram) = histogram.value() else { continue };
+        let sum_ns = values.iter().fold(0u64, |sum, value| sum.saturating_add(*value));
+        let extremes = (values.iter().min().copied(), values.iter().max().copied());
+        let fits = (histogram.count, histogram.sum_ns) == (values.len() as u64, sum_ns)
+            && (Some(histogram.min_ns), Some(histogram.max_ns)) == extremes;
+        require(found, place, fits, || format!("latency.{name} does not follow from the requests' times"));
     }
 }
 
@@ -100,13 +158,16 @@ fn check_window(cell: &Cell, window: &Window, place: &str, found: &mut Vec<Viola
     });
     let Some(batch) = cell.workload.static_batch() else { return };
     let (input, output) = cell.workload.counted_tokens();
-    let requests = window.passes * u64::from(batch);
-    let expected = (requests * u64::from(input), requests * u64::from(output));
+    let requests = window.passes.saturating_mul(u64::from(batch));
+    let expected = (requests.saturating_mul(u64::from(input)), requests.saturating_mul(u64::from(output)));
     require(found, place, (window.tokens_in, window.tokens_out) == expected, || {
         format!(
             "window counts {} input and {} output tokens, expected {} and {} for {} passes",
             window.tokens_in, window.tokens_out, expected.0, expected.1, window.passes
         )
+    });
+    require(found, place, window.requests_completed == requests, || {
+        format!("window completed {} requests, expected {requests}", window.requests_completed)
     });
 }
 

@@ -222,6 +222,10 @@ fn numbers(given: &Option<Numbers>) -> anyhow::Result<Vec<u32>> {
 /// When a size that the kind needs is absent, one that it does not have is given, or a value is 0 or absurd.
 pub fn expand(kind: Kind, sizes: &Sizes) -> anyhow::Result<Vec<Workload>> {
     check_sizes(kind, sizes)?;
+    // Before anything is expanded: a thousand values of each size would make 10⁹ cells.
+    if combinations(sizes) > MOST_CELLS {
+        bail!("expands to more than {MOST_CELLS} cells");
+    }
     let mut cells = Vec::new();
     let mut push = |cell: Workload| {
         if !cells.contains(&cell) {
@@ -253,6 +257,15 @@ pub fn expand(kind: Kind, sizes: &Sizes) -> anyhow::Result<Vec<Workload>> {
         }
     }
     Ok(cells)
+}
+
+/// Cells before duplicates are dropped; a size that the kind does not have counts once.
+fn combinations(sizes: &Sizes) -> usize {
+    [&sizes.batch, &sizes.isl, &sizes.osl, &sizes.depth, &sizes.concurrency]
+        .iter()
+        .map(|values| values.len())
+        .chain([sizes.request_rate_per_s.len()])
+        .fold(1, |product, count| product.saturating_mul(count.max(1)))
 }
 
 fn pairs(first: &[u32], second: &[u32], mut each: impl FnMut(u32, u32)) {

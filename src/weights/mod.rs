@@ -13,11 +13,13 @@ mod mapped;
 mod open;
 pub mod registry;
 pub mod safetensors;
+pub mod slice;
 pub mod synthetic;
 pub mod tokenizer;
 pub mod vocab;
 
 use std::borrow::Cow;
+use std::path::{Path, PathBuf};
 
 use crate::arch::{Config, TensorRole};
 pub use dtype::StoredDType;
@@ -71,6 +73,11 @@ pub trait Weights: Send + Sync {
     /// # Errors
     /// Names the file, the tensor, what was expected and what was found.
     fn tensor(&self, name: &str) -> anyhow::Result<HostTensor<'_>>;
+
+    /// The file that holds this tensor, for errors; `None` when it is made up.
+    fn file_of(&self, _name: &str) -> Option<&Path> {
+        self.info().files.first().map(PathBuf::as_path)
+    }
 }
 
 /// Where weights came from, for the record.

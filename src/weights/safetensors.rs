@@ -113,6 +113,10 @@ impl Weights for SafetensorsModel {
         let bytes = &self.files[entry.stored.file].bytes()[entry.stored.range.clone()];
         Ok(entry.host_tensor(name, Cow::Borrowed(bytes)))
     }
+
+    fn file_of(&self, name: &str) -> Option<&Path> {
+        Some(&self.files[self.catalog.get(name).ok()?.stored.file].path)
+    }
 }
 
 fn stored(found: &Found) -> anyhow::Result<Stored> {

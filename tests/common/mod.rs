@@ -3,6 +3,9 @@
 #![allow(dead_code, unreachable_pub)] // each test crate uses its own part
 #![allow(clippy::print_stderr)]
 
+pub mod requests;
+pub mod tiny;
+
 use std::path::PathBuf;
 
 use tokmeter::weights::fetch::{Fetcher, Silent};

@@ -1,13 +1,12 @@
 //! The engine's loop over a device whose every token depends on its whole context: nothing that batching, paging,
 //! chunking and pipelining do may change it.
 
-use std::collections::BTreeMap;
-
 use proptest::prelude::*;
 use tokmeter::backend::Sampling;
 use tokmeter::clock::Clock;
 use tokmeter::engine::{Engine, EngineLimits, LlmEngine, Request, StepOutput, score};
 
+use crate::common::requests::{Tokens, drain, together};
 use crate::hash_backend::{HashBackend, VOCAB, WAIT_NS, direct_continuation, direct_logits, hash};
 
 const ROOMY: EngineLimits = EngineLimits { max_batch: 4, chunk: 32, pages: 64, max_context: 256 };
@@ -26,46 +25,12 @@ fn request(id: u64, prompt: usize, max_tokens: u32) -> Request {
     Request { id, prompt: (0..prompt as u64).map(token).collect(), max_tokens, sampling, hold: false }
 }
 
-type Tokens = BTreeMap<u64, Vec<u32>>;
-
-/// Steps until idle and files the events, checking their order.
-fn drain(engine: &mut impl Engine, tokens: &mut Tokens) {
-    let mut output = StepOutput::default();
-    while engine.step(&mut output).unwrap() {
-        file(&output, tokens);
-    }
-}
-
-fn file(output: &StepOutput, tokens: &mut Tokens) {
-    for event in &output.events {
-        let so_far = tokens.entry(event.request).or_default();
-        assert_eq!(event.index as usize, so_far.len());
-        so_far.push(event.token);
-    }
-}
-
 fn alone(request: &Request) -> Vec<u32> {
     let mut engine = open::<0>(EngineLimits { max_batch: 1, chunk: 256, pages: 16, max_context: 256 });
     engine.submit(request.clone()).unwrap();
     let mut tokens = Tokens::new();
     drain(&mut engine, &mut tokens);
     tokens.remove(&request.id).unwrap()
-}
-
-/// Requests that arrive `gap` steps after the one before.
-fn together<const IN_FLIGHT: usize>(limits: EngineLimits, requests: &[(usize, Request)]) -> Tokens {
-    let mut engine = open::<IN_FLIGHT>(limits);
-    let (mut tokens, mut output) = (Tokens::new(), StepOutput::default());
-    for (gap, request) in requests {
-        for _ in 0..*gap {
-            engine.step(&mut output).unwrap();
-            file(&output, &mut tokens);
-        }
-        engine.submit(request.clone()).unwrap();
-    }
-    drain(&mut engine, &mut tokens);
-    assert_eq!(engine.unfinished(), 0);
-    tokens
 }
 
 fn arrivals() -> impl Strategy<Value = Vec<(usize, Request)>> {
@@ -87,8 +52,8 @@ proptest! {
     ) {
         let limits = EngineLimits { max_batch, chunk, pages, max_context: 256 };
         let expected: Tokens = requests.iter().map(|(_, request)| (request.id, alone(request))).collect();
-        prop_assert_eq!(&together::<0>(limits, &requests), &expected);
-        prop_assert_eq!(&together::<1>(limits, &requests), &expected);
+        prop_assert_eq!(&together(&mut open::<0>(limits), &requests), &expected);
+        prop_assert_eq!(&together(&mut open::<1>(limits), &requests), &expected);
     }
 }
 

@@ -4,7 +4,8 @@ use std::path::Path;
 
 use tempfile::tempdir;
 use tokmeter::arch::{Config, RopeScaling, tensors};
-use tokmeter::weights::gguf::{Gguf, GgufVocab};
+use tokmeter::weights::gguf::Gguf;
+use tokmeter::weights::vocab::GgufVocab;
 use tokmeter::weights::{StoredDType, Weights, first_non_finite, open, sha256_files};
 
 use crate::files::{GgufTensor, Meta, Tensor, safetensors};

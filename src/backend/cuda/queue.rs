@@ -84,11 +84,6 @@ impl Queue {
         self.graphs.insert(bucket, (self.notes.clone(), graph));
         Ok(())
     }
-
-    #[cfg(test)]
-    pub(super) fn graphs(&self) -> usize {
-        self.graphs.len()
-    }
 }
 
 /// The number of sequences that a decode step of `sequences` is padded to, so that few graphs serve all batches.

@@ -22,7 +22,8 @@ const OBSERVE_NS: u64 = 300_000_000;
 
 /// What is here: devices, drivers, libraries, sensors, permissions; what could not be read, and the exact remedy
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Exit codes: 0 the device can run, 1 it cannot")]
+#[command(after_help = "Examples:\n  tokmeter doctor\n  tokmeter doctor --device cuda:0 --format json\n\n\
+    Exit codes: 0 the device can run, 1 it cannot")]
 pub struct Args {
     /// The device that is meant to run: auto, cpu or cuda:N
     #[arg(long, value_name = "auto|cpu|cuda:N", default_value = "auto")]

@@ -3,8 +3,8 @@
 
 use anyhow::Context as _;
 
-use super::target::Target;
 use super::{Args, EngineChoice};
+use crate::cmd::device::{self, Target};
 use crate::cmd::{bad_file, usage};
 use crate::engine::FakeScript;
 use crate::record::{CostModel, Workload};
@@ -31,14 +31,32 @@ pub(super) struct Choices {
     pub(super) model_is_explicit: bool,
     /// Seed of synthetic weights, if those are asked for.
     pub(super) synthetic_seed: Option<u64>,
-    pub(super) target: Target,
+    pub(super) subject: Subject,
     pub(super) threads: Option<usize>,
     pub(super) chunk: usize,
     pub(super) kv_memory_bytes: Option<u64>,
     pub(super) cost_model: Option<CostModel>,
     pub(super) session: Option<String>,
     pub(super) offline: bool,
-    pub(super) fake: Option<FakeScript>,
+}
+
+/// What is measured.
+#[derive(Debug)]
+pub(super) enum Subject {
+    /// The model, on this device.
+    Model(Target),
+    /// The tool itself: a scripted engine.
+    Script(FakeScript),
+}
+
+/// The device as records name it: `cpu`, `cuda:0`, `fake`.
+impl std::fmt::Display for Subject {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Subject::Model(target) => write!(f, "{target}"),
+            Subject::Script(_) => write!(f, "fake"),
+        }
+    }
 }
 
 impl Choices {
@@ -47,20 +65,20 @@ impl Choices {
     pub(super) fn settle(args: &Args) -> anyhow::Result<Self> {
         let suite = suite_of(args)?;
         let protocol = protocol(args, &suite).map_err(usage)?;
-        let fake = match args.engine {
-            EngineChoice::Llm => None,
+        let subject = match args.engine {
+            EngineChoice::Llm => {
+                Subject::Model(Target::settle(&args.device, args.dtype, args.deterministic)?)
+            }
             EngineChoice::Fake => {
-                Some(serde_json::from_str(&args.fake_script).context("--fake-script").map_err(usage)?)
+                let script =
+                    serde_json::from_str(&args.fake_script).context("--fake-script").map_err(usage)?;
+                Subject::Script(script)
             }
         };
         if args.chunk == 0 || args.chunk > 1 << 20 {
             return Err(usage(format!("--chunk is {}, expected 1 to {}", args.chunk, 1 << 20)));
         }
-        if let Some(threads) = args.threads
-            && !(1..=4096).contains(&threads)
-        {
-            return Err(usage(format!("--threads is {threads}, expected 1 to 4096")));
-        }
+        device::check_threads(args.threads)?;
         let kv_memory_bytes = args.kv_memory.as_deref().map(parse_bytes).transpose();
         let price = args.price_per_gpu_hour.as_deref();
         Ok(Choices {
@@ -70,10 +88,7 @@ impl Choices {
             model: args.model.clone().unwrap_or_else(|| DEFAULT_MODEL.to_owned()),
             model_is_explicit: args.model.is_some(),
             synthetic_seed: synthetic_seed(&args.weights)?,
-            target: match fake {
-                Some(_) => Target::Fake,
-                None => Target::settle(&args.device, args.dtype, args.deterministic)?,
-            },
+            subject,
             threads: args.threads,
             chunk: args.chunk,
             kv_memory_bytes: kv_memory_bytes.map_err(|error| usage(format!("--kv-memory: {error}")))?,
@@ -83,7 +98,6 @@ impl Choices {
                 .map_err(|error| usage(format!("--price-per-gpu-hour: {error}")))?,
             session: args.session.clone(),
             offline: args.offline,
-            fake,
         })
     }
 
@@ -99,7 +113,7 @@ impl Choices {
             "model    {}{}\ndevice   {}\nsuite    {}\nruns     {} per cell, windows of at least {} s\n\n",
             self.model,
             self.synthetic_seed.map_or(String::new(), |seed| format!(" (synthetic weights, seed {seed})")),
-            self.target,
+            self.subject,
             self.suite.as_deref().unwrap_or("from the command line"),
             self.protocol.repeat,
             self.protocol.min_window_ns as f64 / NANOS_PER_SECOND,
@@ -223,7 +237,11 @@ fn synthetic_seed(text: &str) -> anyhow::Result<Option<u64>> {
     match text.split_once(':') {
         None if text == "checkpoint" => Ok(None),
         None if text == "synthetic" => Ok(Some(0)),
-        Some(("synthetic", seed)) if seed.parse::<u64>().is_ok() => Ok(seed.parse().ok()),
-        _ => Err(usage(format!("--weights is '{text}', expected checkpoint, synthetic or synthetic:SEED"))),
+        Some(("synthetic", seed)) if seed.parse::<u64>().is_ok_and(|seed| seed < 1 << 53) => {
+            Ok(seed.parse().ok())
+        }
+        _ => Err(usage(format!(
+            "--weights is '{text}', expected checkpoint, synthetic or synthetic:SEED, a number below 2^53"
+        ))),
     }
 }

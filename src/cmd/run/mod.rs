@@ -5,7 +5,6 @@ mod choices;
 mod model;
 mod record;
 mod start;
-mod target;
 mod view;
 
 use std::path::{Path, PathBuf};
@@ -16,17 +15,20 @@ use clap::ValueEnum;
 
 use crate::clock::{Clock, file_stamp_utc};
 use crate::machine::Roots;
-use crate::record::{Outcome, Record, Status, Store};
+use crate::record::{Outcome, Record, Status, Store, check_place};
 use crate::runner::{self, Stage, Witness};
 use crate::{analysis, report};
 
+use super::device::DType;
 use super::{FAILED, INTERRUPTED, interrupt, print, remark, usage};
 use choices::Choices;
 use view::View;
 
 /// Measure this machine: run cells, write one record, print the table
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Cells: give --suite, or sizes. The sizes choose the kind:\n  \
+#[command(
+    allow_negative_numbers = true,
+    after_help = "Cells: give --suite, or sizes. The sizes choose the kind:\n  \
     --batch --isl                     prefill\n  \
     --batch --depth [--osl]           decode at a context depth\n  \
     --batch --isl --osl               generate\n  \
@@ -38,7 +40,8 @@ use view::View;
     tokmeter run --suite standard --price-per-gpu-hour \"2.50 USD\"\n  \
     tokmeter run -m smollm2-135m --dtype quantized --batch 1..16*2 --depth 128,512\n  \
     tokmeter run -m ./model.gguf --concurrency 4 --isl 64 --osl 32 --format csv\n  \
-    tokmeter run --weights synthetic -m llama-3.2-1b --batch 1 --isl 128 --dry-run")]
+    tokmeter run --weights synthetic -m llama-3.2-1b --batch 1 --isl 128 --dry-run"
+)]
 pub struct Args {
     /// Named suite (quick, standard, decode, prefill) or a suite file
     #[arg(long, value_name = "NAME|FILE")]
@@ -98,13 +101,13 @@ pub struct Args {
     #[arg(long, value_name = "SIZE")]
     kv_memory: Option<String>,
     /// Price of one device for one hour, such as "2.50 USD"
-    #[arg(long, value_name = "PRICE")]
+    #[arg(long, value_name = "PRICE", allow_hyphen_values = true)]
     price_per_gpu_hour: Option<String>,
     /// Name of this session (a boot and driver load), for comparing
     #[arg(long, value_name = "LABEL")]
     session: Option<String>,
     /// Seed of prompts and arrivals
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u64).range(..1 << 53))]
     seed: u64,
     /// Use only what is in the cache
     #[arg(long)]
@@ -124,18 +127,6 @@ pub struct Args {
     /// Step times of the scripted engine, as JSON
     #[arg(long, value_name = "JSON", default_value = "{}", hide = true)]
     fake_script: String,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum DType {
-    /// 32-bit floating point; quantised checkpoints are dequantised (cpu)
-    F32,
-    /// The checkpoint's own quantised blocks (cpu)
-    Quantized,
-    /// 16-bit floating point with the range of f32, sums in f32 (cuda)
-    Bf16,
-    /// 16-bit floating point with a longer mantissa, sums in f32 (cuda)
-    F16,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -161,13 +152,13 @@ pub fn run(args: Args) -> anyhow::Result<u8> {
         print(&choices.describe())?;
         return Ok(0);
     }
-    refuse_to_overwrite(args.out.as_deref())?;
+    check_out(args.out.as_deref())?;
     let stop = interrupt::on_signal()?;
     let view = View::new(Arc::clone(&stop));
     let mut started = start::start(&choices, &stop, &view)?;
     let clock = started.clock.clone();
     let out = args.out.unwrap_or_else(|| {
-        let device = choices.target.to_string().replace(':', "");
+        let device = choices.subject.to_string().replace(':', "");
         PathBuf::from(format!("tokmeter-{device}-{}.json", file_stamp_utc(clock.unix_ns())))
     });
     let mut record = record::open(&choices, &started);
@@ -179,13 +170,16 @@ pub fn run(args: Args) -> anyhow::Result<u8> {
     Ok(exit_code(&record))
 }
 
-/// A record cannot be measured again: an existing file is never replaced.
-fn refuse_to_overwrite(out: Option<&Path>) -> anyhow::Result<()> {
+/// Refuses a place that cannot be written before anything is measured, and one that holds a file: what it holds may be
+/// a record, which cannot be measured again.
+fn check_out(out: Option<&Path>) -> anyhow::Result<()> {
+    let anywhere_here = Path::new("tokmeter-DEVICE-UTC.json");
+    check_place(out.unwrap_or(anywhere_here))?;
     match out {
-        Some(path) if path.exists() => Err(usage(format!(
-            "--out {} exists already\nhint: name another file, or remove it",
-            path.display()
-        ))),
+        Some(path) if path.exists() => {
+            let hint = "hint: name another file, or remove it";
+            Err(usage(format!("--out {} exists already, expected a new file\n{hint}", path.display())))
+        }
         _ => Ok(()),
     }
 }
@@ -206,7 +200,7 @@ fn measure_all(
             clock: started.clock.clone(),
             witness: witness_for(&started.clock),
             stop,
-            device: choices.target.to_string(),
+            device: choices.subject.to_string(),
             on_run: &mut on_run,
         };
         let cell = runner::measure(&mut stage, workload, &choices.protocol);

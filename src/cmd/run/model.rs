@@ -1,15 +1,16 @@
 //! From a model's name or path to opened weights, and what the record says of them.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use super::choices::Choices;
 use super::view::View;
 use crate::arch::Config;
-use crate::cmd::{bad_file, remark, usage};
+use crate::cmd::model::{config_of, locate, name_of};
+use crate::cmd::{bad_file, remark};
 use crate::record::{FileRecord, Maybe, WeightsRecord, WeightsSource};
-use crate::weights::fetch::{self, Fetcher};
+use crate::weights::fetch;
 use crate::weights::synthetic::Synthetic;
-use crate::weights::{Weights, open, registry, sha256_file};
+use crate::weights::{Weights, open, sha256_file};
 
 /// Seed of the weights that stand in for a default model that cannot be fetched.
 const FALLBACK_SEED: u64 = 0;
@@ -26,9 +27,9 @@ pub(super) struct Opened {
 /// replaced by synthetic weights, aloud.
 pub(super) fn open_model(choices: &Choices, view: &View) -> anyhow::Result<Opened> {
     if let Some(seed) = choices.synthetic_seed {
-        return Ok(synthetic(model_name(choices), config_of(choices)?, seed));
+        return Ok(synthetic(name_of(&choices.model), config_of(&choices.model)?, seed));
     }
-    match locate(choices, view) {
+    match locate(&choices.model, choices.offline, view.fetch_progress()) {
         Ok(path) => checkpoint(choices, &path, view),
         Err(error) if choices.model_is_explicit || error.is::<fetch::Interrupted>() => Err(error),
         Err(error) => {
@@ -37,19 +38,9 @@ pub(super) fn open_model(choices: &Choices, view: &View) -> anyhow::Result<Opene
                 "warning: SYNTHETIC WEIGHTS: the default model could not be had, so values are made up in its true \
                  shapes; speed is comparable, output is meaningless, and the record says so",
             );
-            Ok(synthetic(model_name(choices), config_of(choices)?, FALLBACK_SEED))
+            Ok(synthetic(name_of(&choices.model), config_of(&choices.model)?, FALLBACK_SEED))
         }
     }
-}
-
-/// A local path if there is one, else the known model's files, fetched if need be.
-fn locate(choices: &Choices, view: &View) -> anyhow::Result<PathBuf> {
-    let path = Path::new(&choices.model);
-    if path.exists() {
-        return Ok(path.to_owned());
-    }
-    let known = registry::find(&choices.model).map_err(usage)?;
-    Fetcher::from_env(choices.offline, view.fetch_progress())?.locate(&known)
 }
 
 fn checkpoint(choices: &Choices, path: &Path, view: &View) -> anyhow::Result<Opened> {
@@ -67,7 +58,7 @@ fn checkpoint(choices: &Choices, path: &Path, view: &View) -> anyhow::Result<Ope
         stored_bytes: info.stored_bytes.clone(),
         files,
     };
-    Ok(Opened { name: model_name(choices), weights, record })
+    Ok(Opened { name: name_of(&choices.model), weights, record })
 }
 
 fn file_record(path: &Path, view: &View) -> anyhow::Result<FileRecord> {
@@ -88,22 +79,4 @@ fn synthetic(name: String, config: Config, seed: u64) -> Opened {
         files: Vec::new(),
     };
     Opened { name, weights: Box::new(weights), record }
-}
-
-/// The shapes of the model, without its weights.
-pub(super) fn config_of(choices: &Choices) -> anyhow::Result<Config> {
-    let path = Path::new(&choices.model);
-    if path.exists() {
-        return Ok(open(path).map_err(bad_file)?.config().clone());
-    }
-    Ok(registry::find(&choices.model).map_err(usage)?.config)
-}
-
-/// The known model's own name, or the file's without its ending.
-pub(super) fn model_name(choices: &Choices) -> String {
-    if let Ok(known) = registry::find(&choices.model) {
-        return known.name;
-    }
-    let path = Path::new(&choices.model);
-    path.file_stem().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
 }

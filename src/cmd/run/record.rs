@@ -78,7 +78,7 @@ fn engine(choices: &Choices, started: &Started) -> Engine {
     Engine {
         name: info.name.to_owned(),
         backend: info.backend.name.to_owned(),
-        device: choices.target.to_string(),
+        device: choices.subject.to_string(),
         compute_dtype: info.backend.compute_dtype.to_owned(),
         kv_dtype: info.backend.kv_dtype.to_owned(),
         threads: info.backend.threads as u32,

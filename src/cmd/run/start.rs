@@ -2,14 +2,15 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::choices::Choices;
+use super::choices::{Choices, Subject};
 use super::model::{self, Opened};
-use super::target::Target;
 use super::view::View;
 use crate::arch::Config;
 use crate::backend::cuda::is_device_error;
-use crate::backend::{Backend, Cpu, Cuda, Shape, cpu};
+use crate::backend::{Backend, Cpu, Cuda, Shape};
 use crate::clock::Clock;
+use crate::cmd::device::{self, Target};
+use crate::cmd::model::{config_of, name_of};
 use crate::cmd::{Interrupted, bad_file, usage};
 use crate::engine::{
     Engine, EngineLimits, FakeEngine, FakeScript, LlmEngine, check_batch_fits, pages_for, pages_needed,
@@ -35,13 +36,12 @@ pub(super) struct Started {
 /// # Errors
 /// When the model cannot be had or a cell does not fit it; nothing was measured then.
 pub(super) fn start(choices: &Choices, stop: &AtomicBool, view: &View) -> anyhow::Result<Started> {
-    match (choices.target, &choices.fake) {
-        (_, Some(script)) => start_fake(choices, script),
-        (Target::Fake, None) => start_fake(choices, &FakeScript::default()),
-        (Target::Cpu(dtype), None) => {
+    match choices.subject {
+        Subject::Script(ref script) => start_fake(choices, script),
+        Subject::Model(Target::Cpu(dtype)) => {
             start_llm(choices, stop, view, |shape| Ok(Cpu::new(shape, dtype)), |_| None)
         }
-        (Target::Cuda { index, options }, None) => {
+        Subject::Model(Target::Cuda { index, options }) => {
             start_llm(choices, stop, view, |shape| Cuda::new(index, shape, options), not_a_measurement)
         }
     }
@@ -53,14 +53,14 @@ fn not_a_measurement(cuda: &Cuda) -> Option<String> {
 }
 
 fn start_fake(choices: &Choices, script: &FakeScript) -> anyhow::Result<Started> {
-    let config = model::config_of(choices)?;
+    let config = config_of(&choices.model)?;
     let clock = Clock::scripted();
     let limits = limits(choices, &config, None)?;
     let engine = FakeEngine::new(script.clone(), limits, config.vocab_size, clock.clone()).map_err(usage)?;
     Ok(Started {
         engine: Box::new(engine),
         clock,
-        model_name: model::model_name(choices),
+        model_name: name_of(&choices.model),
         config,
         weights: WeightsRecord {
             source: WeightsSource::Synthetic { seed: 0 },
@@ -80,7 +80,7 @@ fn start_llm<B: Backend + 'static>(
     make: impl FnOnce(Shape) -> anyhow::Result<B>,
     not_a_measurement: impl FnOnce(&B) -> Option<String>,
 ) -> anyhow::Result<Started> {
-    cpu::set_threads(choices.threads.unwrap_or_else(cpu::default_threads))?;
+    device::start_threads(choices.threads)?;
     let clock = Clock::monotonic();
     let Opened { name, weights, record } = model::open_model(choices, view)?;
     let begin_ns = clock.now_ns();

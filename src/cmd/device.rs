@@ -1,27 +1,51 @@
-//! Which device runs, and in which arithmetic: the two must fit each other.
+//! The device, the types and the threads that several verbs ask for on the command line: device and type must fit
+//! each other.
 
-use super::DType;
+use clap::ValueEnum;
+
+use super::{remark, usage};
+use crate::backend::cpu;
 use crate::backend::cuda::library::{self, Device};
 use crate::backend::{CpuDType, CudaDType, CudaOptions};
-use crate::cmd::{remark, usage};
+
+/// Most threads that make sense to ask for.
+const MOST_THREADS: usize = 4096;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DType {
+    /// 32-bit floating point; quantised checkpoints are dequantised (cpu)
+    F32,
+    /// The checkpoint's own quantised blocks (cpu)
+    Quantized,
+    /// 16-bit floating point with the range of f32, sums in f32 (cuda)
+    Bf16,
+    /// 16-bit floating point with a longer mantissa, sums in f32 (cuda)
+    F16,
+}
+
+impl DType {
+    fn on_cpu(self) -> anyhow::Result<CpuDType> {
+        match self {
+            DType::F32 => Ok(CpuDType::F32),
+            DType::Quantized => Ok(CpuDType::Quantized),
+            DType::Bf16 | DType::F16 => {
+                Err(usage("--dtype bf16 and f16 are computed on cuda only; expected f32 or quantized on cpu"))
+            }
+        }
+    }
+}
 
 /// What the model runs on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Target {
-    /// The scripted engine.
-    Fake,
+pub(in crate::cmd) enum Target {
     Cpu(CpuDType),
-    Cuda {
-        index: u32,
-        options: CudaOptions,
-    },
+    Cuda { index: u32, options: CudaOptions },
 }
 
-/// As in records: `fake`, `cpu`, `cuda:0`.
+/// As in records: `cpu`, `cuda:0`.
 impl std::fmt::Display for Target {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Target::Fake => write!(f, "fake"),
             Target::Cpu(_) => write!(f, "cpu"),
             Target::Cuda { index, .. } => write!(f, "cuda:{index}"),
         }
@@ -33,7 +57,11 @@ impl Target {
     ///
     /// # Errors
     /// Usage errors: no such device name, or a type that the device does not compute in.
-    pub(super) fn settle(device: &str, dtype: Option<DType>, deterministic: bool) -> anyhow::Result<Self> {
+    pub(in crate::cmd) fn settle(
+        device: &str,
+        dtype: Option<DType>,
+        deterministic: bool,
+    ) -> anyhow::Result<Self> {
         let index = device.strip_prefix("cuda:").and_then(|index| index.parse::<u32>().ok());
         match (device, index) {
             ("cpu", _) => cpu(dtype),
@@ -55,13 +83,7 @@ impl Target {
 }
 
 fn cpu(dtype: Option<DType>) -> anyhow::Result<Target> {
-    match dtype {
-        None | Some(DType::F32) => Ok(Target::Cpu(CpuDType::F32)),
-        Some(DType::Quantized) => Ok(Target::Cpu(CpuDType::Quantized)),
-        Some(DType::Bf16 | DType::F16) => {
-            Err(usage("--dtype bf16 and f16 are computed on cuda only; expected f32 or quantized on cpu"))
-        }
-    }
+    Ok(Target::Cpu(dtype.unwrap_or(DType::F32).on_cpu()?))
 }
 
 fn cuda(index: u32, dtype: Option<DType>, deterministic: bool) -> anyhow::Result<Target> {
@@ -86,6 +108,25 @@ fn first_usable() -> Result<u32, String> {
         (None, Some(device)) => Err(format!("cuda:0 cannot run: {}", device.unusable().unwrap_or_default())),
         (None, None) => Err("the CUDA driver shows no device".to_owned()),
     }
+}
+
+/// # Errors
+/// When `--threads` is given and is no sensible number.
+pub(super) fn check_threads(threads: Option<usize>) -> anyhow::Result<()> {
+    match threads {
+        Some(threads) if !(1..=MOST_THREADS).contains(&threads) => {
+            Err(usage(format!("--threads is {threads}, expected 1 to {MOST_THREADS}")))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Starts the threads that compute: as many as given, else one for each core that this process may use.
+///
+/// # Errors
+/// When they were started before.
+pub(super) fn start_threads(threads: Option<usize>) -> anyhow::Result<()> {
+    cpu::set_threads(threads.unwrap_or_else(cpu::default_threads))
 }
 
 #[cfg(test)]

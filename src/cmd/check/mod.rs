@@ -1,0 +1,90 @@
+//! `tokmeter check`: does this device compute what it should? Every operation and the whole forward pass against the
+//! reference; or, with `--prompts`, what the model thinks of given texts, to be held against another engine.
+
+mod numerics;
+mod prompts;
+
+use std::path::PathBuf;
+
+use clap::ValueEnum;
+
+use super::device::{self, DType, Target};
+use super::{FAILED, print};
+
+/// Check what this device computes against the reference, or dump log-probabilities of given texts
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Without --prompts, every operation and a shallow slice of the model (its shapes, 2 layers, at \
+    most 4096 tokens\nof vocabulary) are held against plain scalar arithmetic: made-up weights, or with --dtype \
+    quantized the checkpoint's\nown.\n\n\
+    With --prompts, each line of FILE is {\"id\": \"a\", \"text\": \"…\"} or {\"id\": \"a\", \"token_ids\": [1, 2]}. \
+    Each line of the\noutput is {\"id\", \"token_ids\", \"top\", \"greedy\": {\"token_ids\", \"text\"}}: top[i] ranks \
+    the K likeliest tokens after\ntoken_ids[i] as [token id, natural log-probability]. Special tokens written in a \
+    text count as such; BOS comes first\nonly where the checkpoint says so. The text of the continuation is null \
+    where there is no tokenizer.\n\n\
+    Examples:\n  \
+    tokmeter check\n  \
+    tokmeter check -m qwen3-8b --format json\n  \
+    tokmeter check -m model.gguf --dtype quantized\n  \
+    tokmeter check --prompts prompts.jsonl --top 8 --greedy 32 --out logprobs.jsonl\n\n\
+    Exit codes: 0 all within tolerance, 1 something failed, 2 usage, 3 a broken prompt or model file"
+)]
+pub struct Args {
+    /// auto, cpu or cuda:N
+    #[arg(long, default_value = "auto")]
+    device: String,
+    /// What weights and products are kept in [default: bf16 on cuda, f32 on cpu]
+    #[arg(long, value_enum)]
+    dtype: Option<DType>,
+    /// On cuda: the same output bits for a sequence whatever else is in the batch, at some cost
+    #[arg(long)]
+    deterministic: bool,
+    /// CPU threads that compute [default: the cores this process may use]
+    #[arg(long, value_name = "N")]
+    threads: Option<usize>,
+    /// Known model, .gguf or .safetensors file, or folder [default: smollm2-135m]
+    #[arg(long, short, value_name = "NAME|PATH")]
+    model: Option<String>,
+    /// How the results are printed
+    #[arg(long, value_enum, default_value_t = Format::Table, conflicts_with = "prompts")]
+    format: Format,
+    /// Score these texts instead
+    #[arg(long, value_name = "FILE.jsonl")]
+    prompts: Option<PathBuf>,
+    /// Candidates to list after each position [default: 8]
+    #[arg(long, value_name = "K", requires = "prompts")]
+    top: Option<usize>,
+    /// Tokens to continue each text with, greedily [default: 0]
+    #[arg(long, value_name = "N", requires = "prompts")]
+    greedy: Option<usize>,
+    /// Write the scores here instead of stdout
+    #[arg(long, short, value_name = "FILE.jsonl", requires = "prompts")]
+    out: Option<PathBuf>,
+    /// Use only what is in the cache
+    #[arg(long)]
+    offline: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Format {
+    Table,
+    Json,
+}
+
+/// # Errors
+/// When nothing could be checked. A check that fails is a result, and only changes the exit code.
+pub fn run(args: Args) -> anyhow::Result<u8> {
+    let target = Target::settle(&args.device, args.dtype, args.deterministic)?;
+    device::check_threads(args.threads)?;
+    device::start_threads(args.threads)?;
+    if let Some(file) = &args.prompts {
+        prompts::score_file(file, target, &args)?;
+        return Ok(0);
+    }
+    let report = numerics::check(target, &args)?;
+    print(&match args.format {
+        Format::Table => report.table(),
+        Format::Json => report.json()?,
+    })?;
+    Ok(if report.passed { 0 } else { FAILED })
+}
