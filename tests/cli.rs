@@ -235,7 +235,19 @@ fn every_verb_has_help_with_examples() {
 #[test]
 fn a_dry_run_prints_the_plan_and_does_nothing() {
     let folder = tempdir().unwrap();
-    let args = ["run", "--dry-run", "--batch", "1,8", "--depth", "128", "-r", "4", "--min-seconds", "2"];
+    let args = [
+        "run",
+        "--dry-run",
+        "--device=cpu",
+        "--batch",
+        "1,8",
+        "--depth",
+        "128",
+        "-r",
+        "4",
+        "--min-seconds",
+        "2",
+    ];
     let done = tokmeter(folder.path(), &args);
     assert_eq!((done.code, done.stderr.as_str()), (Some(0), ""));
     for line in [
