@@ -118,6 +118,7 @@ fn batches() -> Vec<(&'static str, Vec<(usize, usize)>)> {
         ("decode of 19 sequences", (0..19).map(|s| (s * 3, 1)).collect()),
         ("prompt of 45", vec![(0, 45)]),
         ("prompts across tiles", vec![(0, 65), (3, 130)]),
+        ("decodes before a prompt and a chunk", vec![(40, 1), (0, 1), (17, 1), (0, 70), (9, 20), (5, 1)]),
         ("prompts, a chunk and decodes", vec![(0, 7), (21, 18), (40, 1), (0, 16), (31, 2), (5, 1)]),
     ]
 }

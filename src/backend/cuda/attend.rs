@@ -1,4 +1,5 @@
-//! Attention: the split-KV decode kernel when every sequence has one new token, else the prefill kernel for all.
+//! Attention: the split-KV decode kernel for the leading sequences with one new token, which a scheduler puts first, and
+//! the prefill kernel for those behind them.
 
 use super::kernels::Kernels;
 use super::launch::{Grid, at, int};
@@ -58,12 +59,14 @@ impl Attention {
         staged: &Staged,
         operands: Operands,
     ) -> anyhow::Result<()> {
-        let counts = &staged.counts;
-        if counts.tokens == counts.sequences && !self.deterministic {
-            return self.decode(queue, kernels, shape, staged, operands);
+        let singles = if self.deterministic { 0 } else { staged.counts.singles };
+        if singles > 0 {
+            self.decode(queue, kernels, shape, staged, operands, singles)?;
         }
-        prefill(queue, kernels, shape, staged, operands)
+        prefill(queue, kernels, shape, staged, operands, singles)
     }
+
+    /// Of the first `sequences` sequences.
 
     #[allow(unsafe_code)]
     fn decode(
@@ -73,8 +76,9 @@ impl Attention {
         shape: &Shape,
         staged: &Staged,
         operands: Operands,
+        sequences: usize,
     ) -> anyhow::Result<()> {
-        let (sequences, kv_heads) = (staged.counts.sequences, shape.num_kv_heads);
+        let kv_heads = shape.num_kv_heads;
         // By the bucket, so that a padded batch takes the same sums as an unpadded one.
         let padded = queue::bucket(sequences);
         let splits = splits(padded, kv_heads, self.multiprocessors);
@@ -121,6 +125,7 @@ fn splits(sequences: usize, kv_heads: usize, multiprocessors: usize) -> usize {
     (BLOCKS_EACH * multiprocessors).div_ceil(sequences * kv_heads).clamp(1, MAX_SPLITS)
 }
 
+/// Of all tiles but the first `skipped`.
 #[allow(unsafe_code)]
 fn prefill(
     queue: &mut Queue,
@@ -128,7 +133,12 @@ fn prefill(
     shape: &Shape,
     staged: &Staged,
     operands: Operands,
+    skipped: usize,
 ) -> anyhow::Result<()> {
+    let tiles = staged.counts.tiles - skipped;
+    if tiles == 0 {
+        return Ok(());
+    }
     let Operands { out, q, keys, values } = operands;
     let arguments = [
         at(out),
@@ -139,13 +149,13 @@ fn prefill(
         at(staged.at(|layout| layout.context_len)),
         at(staged.at(|layout| layout.pages)),
         at(staged.at(|layout| layout.page_start)),
-        at(staged.at(|layout| layout.tile_sequence)),
-        at(staged.at(|layout| layout.tile_first)),
+        at(staged.at(|layout| layout.tile_sequence + skipped)),
+        at(staged.at(|layout| layout.tile_first + skipped)),
         int(shape.num_heads),
         int(shape.num_kv_heads),
     ];
     let grid = Grid {
-        blocks: [staged.counts.tiles as u32, shape.num_heads as u32, 1],
+        blocks: [tiles as u32, shape.num_heads as u32, 1],
         threads: PREFILL_THREADS,
         shared_bytes: kernels.prefill_shared_bytes,
     };

@@ -24,6 +24,14 @@ impl CudaDType {
         }
     }
 
+    /// A value as this type holds it.
+    pub fn rounding(self) -> fn(f32) -> f32 {
+        match self {
+            CudaDType::Bf16 => |value| half::bf16::from_f32(value).to_f32(),
+            CudaDType::F16 => |value| half::f16::from_f32(value).to_f32(),
+        }
+    }
+
     fn stored(self) -> StoredDType {
         match self {
             CudaDType::Bf16 => StoredDType::BF16,

@@ -23,6 +23,8 @@ pub(super) struct Counts {
     pub(super) samples: usize,
     pub(super) tiles: usize,
     pub(super) pages: usize,
+    /// Leading sequences that have one token, which is one tile each.
+    pub(super) singles: usize,
 }
 
 impl Counts {
@@ -32,12 +34,14 @@ impl Counts {
             |s: usize| (batch.query_start[s + 1] - batch.query_start[s]).div_ceil(TILE_ROWS as u32) as usize;
         let sequences = batch.num_sequences();
         let padding = padded_sequences.map_or(0, |padded| padded - sequences);
+        let singles = (0..sequences).take_while(|&s| batch.query_rows(s).len() == 1).count();
         Counts {
             tokens: batch.num_tokens() + padding,
             sequences: sequences + padding,
             samples: padded_sequences.unwrap_or(batch.sample_rows.len()),
             tiles: (0..sequences).map(tiles).sum::<usize>() + padding,
             pages: batch.pages.len() + padding,
+            singles: singles + padding,
         }
     }
 }
@@ -71,7 +75,7 @@ impl Layout {
             next = (next + length).next_multiple_of(ALIGNED_WORDS);
             first
         };
-        let Counts { tokens, sequences, samples, tiles, pages } = *counts;
+        let Counts { tokens, sequences, samples, tiles, pages, .. } = *counts;
         let mut layout = Layout {
             tokens: place(tokens),
             positions: place(tokens),
@@ -101,7 +105,7 @@ fn write(batch: &Batch, counts: &Counts, layout: &Layout, words: &mut [u32]) {
             *word = values.next().unwrap_or(padding);
         }
     };
-    let Counts { tokens, sequences, samples, tiles, pages } = *counts;
+    let Counts { tokens, sequences, samples, tiles, pages, .. } = *counts;
     let token = |token: &TokenInput| match *token {
         TokenInput::Id(id) => id,
         TokenInput::Sampled(row) => !row,
@@ -244,7 +248,7 @@ mod tests {
     #[test]
     fn padding_sequences_are_one_token_on_the_scratch_page() {
         let (counts, layout, words) = staged(&decode_of_two(), Some(4));
-        assert_eq!(counts, Counts { tokens: 4, sequences: 4, samples: 4, tiles: 4, pages: 5 });
+        assert_eq!(counts, Counts { tokens: 4, sequences: 4, samples: 4, tiles: 4, pages: 5, singles: 4 });
         let array = |first: usize, length: usize| &words[first..first + length];
         assert_eq!(array(layout.tokens, 4), [7, !1, 0, 0]);
         assert_eq!(array(layout.positions, 4), [16, 2, 0, 0]);
@@ -272,15 +276,28 @@ mod tests {
         batch.push((0..130).map(TokenInput::Id), 0, &pages, None);
         batch.push((0..64).map(TokenInput::Id), 5, &pages, Some(Sampling::GREEDY));
         let (counts, layout, words) = staged(&batch, None);
-        assert_eq!(counts, Counts { tokens: 194, sequences: 2, samples: 1, tiles: 4, pages: 9 + 5 });
+        assert_eq!(
+            counts,
+            Counts { tokens: 194, sequences: 2, samples: 1, tiles: 4, pages: 9 + 5, singles: 0 }
+        );
         assert_eq!(words[layout.tile_sequence..][..4], [0, 0, 0, 1]);
         assert_eq!(words[layout.tile_first..][..4], [0, 64, 128, 0]);
         assert_eq!(words[layout.sample_rows], 193);
     }
 
     #[test]
+    fn decoding_sequences_before_a_prompt_are_counted() {
+        let mut batch = decode_of_two();
+        batch.push((0..70).map(TokenInput::Id), 0, &[0, 1, 2, 3, 6], None);
+        batch.push([TokenInput::Id(1)], 0, &[7], None);
+        let (counts, layout, words) = staged(&batch, None);
+        assert_eq!((counts.singles, counts.sequences, counts.tiles), (2, 4, 5));
+        assert_eq!(words[layout.tile_sequence + counts.singles..][..3], [2, 2, 3]);
+    }
+
+    #[test]
     fn arrays_do_not_overlap_and_lie_where_the_counts_say() {
-        let counts = Counts { tokens: 5, sequences: 3, samples: 2, tiles: 7, pages: 11 };
+        let counts = Counts { tokens: 5, sequences: 3, samples: 2, tiles: 7, pages: 11, singles: 0 };
         let layout = Layout::new(&counts);
         let ends = [
             (layout.tokens, 5),

@@ -15,7 +15,9 @@ use crate::cmd::device::Target;
 use crate::cmd::model::{config_of, locate, name_of};
 use crate::cmd::progress::FetchBar;
 use crate::cmd::{bad_file, usage};
-use crate::model::check::{ForwardCheck, check_forward};
+use crate::model::check::{
+    ForwardCheck, check_forward, check_invariance, check_log_probabilities, check_same_bits,
+};
 use crate::model::shape_of;
 use crate::weights::registry::DEFAULT_MODEL;
 use crate::weights::slice::{Slice, shallow};
@@ -81,13 +83,31 @@ struct Forward {
 pub(super) fn check(target: Target, args: &Args) -> anyhow::Result<Report> {
     match target {
         Target::Cpu(dtype) => check_on(target, args, |shape| Ok(Cpu::new(shape, dtype)), |_| true),
-        Target::Cuda { index, options } => check_on(
-            target,
-            args,
-            |shape| Cuda::new(index, shape, options),
-            |shape| cuda::supports(shape).is_ok(),
-        ),
+        Target::Cuda { index, options } => {
+            let cuda = |shape| Cuda::new(index, shape, options);
+            let mut report = check_on(target, args, cuda, |shape| cuda::supports(shape).is_ok())?;
+            report.add(check_promises(index, options, args)?);
+            Ok(report)
+        }
     }
+}
+
+/// What the CUDA backend promises beyond tolerances: no more loss than a plain implementation in its type, the same
+/// bits from graphs as from single launches, and in deterministic mode whatever else is in the batch.
+fn check_promises(index: u32, options: CudaOptions, args: &Args) -> anyhow::Result<Vec<ForwardCheck>> {
+    let weights = synthetic(args)?;
+    let with = |options| move |shape| Cuda::new(index, shape, options);
+    let yardstick = |shape| Ok(Reference::rounding(shape, options.dtype.rounding()));
+    let mut checks = check_log_probabilities(reference, yardstick, with(options), &weights)?.to_vec();
+    let [graphs, eager] = [true, false].map(|graphs| with(CudaOptions { graphs, ..options }));
+    checks.push(check_same_bits(
+        "the same bits from graphs and from single launches",
+        eager,
+        graphs,
+        &weights,
+    )?);
+    checks.push(check_invariance(with(CudaOptions { deterministic: true, ..options }), &weights)?);
+    Ok(checks)
 }
 
 fn check_on<B: Backend>(
@@ -96,10 +116,10 @@ fn check_on<B: Backend>(
     candidate: impl Fn(Shape) -> anyhow::Result<B>,
     supports: impl Fn(&Shape) -> bool,
 ) -> anyhow::Result<Report> {
-    let model = args.model.as_deref().unwrap_or(DEFAULT_MODEL);
+    let model = model_of(args);
     let weights: Box<dyn Weights> = match target {
         Target::Cpu(CpuDType::Quantized) => quantised(model, args.model.is_some(), args.offline)?,
-        _ => Box::new(Synthetic::new(shallow(&config_of(model)?, LAYERS, VOCAB_SIZE), SEED)),
+        _ => Box::new(synthetic(args)?),
     };
     let slice = Slice::new(weights.as_ref(), LAYERS, VOCAB_SIZE);
     let mut ops = Vec::new();
@@ -122,6 +142,14 @@ fn check_on<B: Backend>(
         forward,
         passed,
     })
+}
+
+fn model_of(args: &Args) -> &str {
+    args.model.as_deref().unwrap_or(DEFAULT_MODEL)
+}
+
+fn synthetic(args: &Args) -> anyhow::Result<Synthetic> {
+    Ok(Synthetic::new(shallow(&config_of(model_of(args))?, LAYERS, VOCAB_SIZE), SEED))
 }
 
 fn reference(shape: Shape) -> anyhow::Result<Reference> {
@@ -228,6 +256,11 @@ fn larger(a: Option<f64>, b: Option<f64>) -> Option<f64> {
 }
 
 impl Report {
+    fn add(&mut self, checks: Vec<ForwardCheck>) {
+        self.passed &= checks.iter().all(|check| check.passed);
+        self.forward.extend(checks.into_iter().map(Forward::from));
+    }
+
     pub(super) fn json(&self) -> anyhow::Result<String> {
         Ok(serde_json::to_string_pretty(self)? + "\n")
     }
