@@ -19,7 +19,9 @@ use tokmeter::backend::{
 use tokmeter::clock::Clock;
 use tokmeter::engine::{Engine, EngineLimits, LlmEngine, Request, StepOutput, score};
 use tokmeter::model::{Model, shape_of};
-use tokmeter::weights::{HostTensor, StoredDType, open};
+use tokmeter::weights::slice::Slice;
+use tokmeter::weights::synthetic::Synthetic;
+use tokmeter::weights::{HostTensor, StoredDType, Weights, open};
 
 /// The folder with the stand-in `libcuda.so.1`, built once; none without g++.
 fn driver() -> Option<&'static Path> {
@@ -272,6 +274,67 @@ fn on_the_device_alone_and_together() {
 }
 
 #[test]
+fn made_up_weights_have_the_same_bits_whoever_makes_them() {
+    on_the_device("on_the_device_weights_are_made_or_brought", &[("EMU_ORDER", "3")]);
+}
+
+/// A whole slice hands out the same values, but not how to make them.
+#[test]
+#[ignore = "runs in a child process with the stand-in driver"]
+fn on_the_device_weights_are_made_or_brought() {
+    let config = open(Path::new(TINY[2])).unwrap().config().clone();
+    let (layers, vocab_size) = (config.num_hidden_layers, config.vocab_size);
+    let made = Synthetic::new(config, 11);
+    let brought = Slice::new(&made, layers, vocab_size);
+    for dtype in [CudaDType::Bf16, CudaDType::F16] {
+        let logits = |weights: &dyn Weights| {
+            let options = CudaOptions { dtype, ..CudaOptions::default() };
+            let mut cuda = Cuda::new(0, shape_of(weights.config()), options).unwrap();
+            let model = Model::load(&mut cuda, weights, &mut |_| {}).unwrap();
+            let memory = cuda.memory().weights_bytes;
+            let scored = score(&mut cuda, &model, &[3, 1, 4, 1, 5], vocab_size, 0).unwrap();
+            (memory, scored)
+        };
+        assert_eq!(logits(&made), logits(&brought), "{dtype:?}");
+    }
+}
+
+#[test]
+fn a_suites_cell_without_room_is_skipped_and_says_why() {
+    let folder = tempfile::tempdir().unwrap();
+    let (out, suite) = (folder.path().join("record.json"), folder.path().join("suite.toml"));
+    let text = "name = 'own'\ndescription = 'd'\nrepeat = 1\nmin_seconds = 0.05\nwarmup_seconds = 0\n\
+                [[cells]]\nkind = 'decode'\nbatch = '1,64'\ndepth = 200\nosl = 2\n\
+                [[cells]]\nkind = 'prefill'\nbatch = 1\nisl = 100000\n";
+    std::fs::write(&suite, text).unwrap();
+    let arguments = [
+        "run",
+        "--device",
+        "cuda:0",
+        "-m",
+        TINY[0],
+        "-o",
+        out.to_str().unwrap(),
+        "--suite",
+        suite.to_str().unwrap(),
+    ];
+    // Room for the weights and some pages, but not for 64 sequences of 202 tokens.
+    let Some(output) = tokmeter(&[("EMU_MEMORY_BYTES", "6000000")], &arguments) else { return };
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let record: serde_json::Value = serde_json::from_slice(&std::fs::read(&out).unwrap()).unwrap();
+    let outcome = |cell: usize| record["cells"][cell]["outcome"].clone();
+    assert_eq!(outcome(0)["kind"], "measured");
+    assert!(
+        outcome(1)["why"]
+            .as_str()
+            .unwrap()
+            .starts_with("a batch of 64 sequences of 203 tokens needs 832 KV pages")
+    );
+    assert!(outcome(2)["why"].as_str().unwrap().contains("exceed the model's context of"), "{}", outcome(2));
+    assert!(stderr(&output).contains("skipped decode/b64/d200/o2: a batch of 64"), "{}", stderr(&output));
+}
+
+#[test]
 fn wrong_use_is_an_error_that_says_what_was_expected() {
     on_the_device("on_the_device_wrong_use", &[]);
 }
@@ -335,6 +398,8 @@ fn a_run_on_the_emulated_device_is_marked_as_no_measurement() {
     assert_eq!(record["engine"]["backend"], "cuda");
     assert_eq!(record["engine"]["device"], "cuda:0");
     assert_eq!(record["engine"]["compute_dtype"], "bf16");
+    assert_eq!(record["engine"]["kernels"]["origins"]["gemm"], "emulated");
+    assert_eq!(record["numerics"]["missing"], "model_was_named");
 }
 
 #[test]
@@ -350,7 +415,7 @@ fn each_failure_is_one_clear_error() {
         (&[("EMU_COMPUTE_CAPABILITY", "75")], "cuda:0", "compute capability 7.5, expected at least 8.0"),
         (&[], "cuda:1", "there is no device cuda:1: the driver shows 1"),
         (&[("EMU_MEMORY_BYTES", "300000")], "cuda:0", "out of device memory: matrix products needs "),
-        (&[("EMU_MEMORY_BYTES", "700000")], "cuda:0", "uploading model."),
+        (&[("EMU_MEMORY_BYTES", "700000")], "cuda:0", "out of device memory: the model needs "),
         (&[("EMU_OTHER_BYTES", "536000000")], "cuda:0", "out of device memory: "),
     ] {
         let folder = tempfile::tempdir().unwrap();

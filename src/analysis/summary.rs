@@ -50,6 +50,9 @@ pub enum Flag {
         error: String,
     },
     Interrupted,
+    Skipped {
+        why: String,
+    },
     /// Other processes, or the hypervisor, took this share of the cores in some window.
     NotQuiet {
         foreign_share: f64,
@@ -221,6 +224,7 @@ fn flags(cell: &Cell) -> Vec<Flag> {
         Outcome::Measured => {}
         Outcome::Failed { error } => flags.push(Flag::Failed { error: error.clone() }),
         Outcome::Interrupted => flags.push(Flag::Interrupted),
+        Outcome::Skipped { why } => flags.push(Flag::Skipped { why: why.clone() }),
     }
     flags.extend(not_quiet(cell));
     if cell.runs.iter().any(|run| run.steady == Steady::Unsustainable) {

@@ -16,6 +16,7 @@ pub use cuda::{Cuda, CudaDType, CudaOptions};
 pub use reference::Reference;
 
 use crate::weights::HostTensor;
+use crate::weights::synthetic::Recipe;
 
 /// Tokens that one page of the KV cache holds, on every backend.
 pub const PAGE_SIZE: usize = 16;
@@ -127,6 +128,20 @@ pub struct BackendInfo {
     /// Type of the stored keys and values.
     pub kv_dtype: &'static str,
     pub threads: usize,
+    /// Where kernels run.
+    pub kernels: Option<KernelInfo>,
+}
+
+/// How the kernels of a GPU came to be and are launched.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KernelInfo {
+    /// `sm_90a`
+    pub architecture: String,
+    /// Kernel file and `prebuilt`, `cache`, `compiled` or `emulated`.
+    pub origins: Vec<(&'static str, &'static str)>,
+    pub graphs: bool,
+    pub dependent_launch: bool,
+    pub deterministic: bool,
 }
 
 /// Identifies a step that a backend may capture once and replay: same key, same sequence of operations and shapes.
@@ -162,6 +177,13 @@ pub trait Backend {
     /// Brings `parts`, stacked by rows, to the device.
     fn upload(&mut self, usage: WeightUse, parts: &[HostTensor<'_>]) -> anyhow::Result<Self::Weight>;
 
+    /// Makes `parts`, stacked by rows, on the device itself: the same bits as [`Backend::upload`] of their values.
+    /// Nothing where the device cannot.
+    fn generate(&mut self, usage: WeightUse, parts: &[Recipe]) -> anyhow::Result<Option<Self::Weight>> {
+        let _ = (usage, parts);
+        Ok(None)
+    }
+
     /// Room for `rows * columns` activations; contents are unspecified.
     fn buffer(&mut self, usage: BufferUse, rows: usize, columns: usize) -> anyhow::Result<Self::Buf>;
 
@@ -172,6 +194,11 @@ pub trait Backend {
     fn page_bytes(&self) -> u64;
 
     fn memory(&self) -> Memory;
+
+    /// Memory of the device that nobody has taken, bytes; nothing where it is the host's.
+    fn free_bytes(&self) -> anyhow::Result<Option<u64>> {
+        Ok(None)
+    }
 
     /// `x[t] = table[token[t]]`; a [`TokenInput::Sampled`] is read from the previous step's samples on the device.
     fn embed(&mut self, batch: &Batch, table: &Self::Weight, x: &mut Self::Buf) -> anyhow::Result<()>;

@@ -94,7 +94,7 @@ impl Backend for Reference {
     const STEPS_IN_FLIGHT: usize = 0;
 
     fn info(&self) -> BackendInfo {
-        BackendInfo { name: "reference", compute_dtype: "f32", kv_dtype: "f32", threads: 1 }
+        BackendInfo { name: "reference", compute_dtype: "f32", kv_dtype: "f32", threads: 1, kernels: None }
     }
 
     fn shape(&self) -> &Shape {

@@ -99,6 +99,14 @@ fn cuda(index: u32, dtype: Option<DType>, deterministic: bool) -> anyhow::Result
     Ok(Target::Cuda { index, options: CudaOptions { dtype, deterministic, ..CudaOptions::default() } })
 }
 
+/// Memory of `cuda:index`, bytes.
+pub(super) fn memory_bytes(index: u32) -> anyhow::Result<u64> {
+    let devices = library::devices().map_err(|error| anyhow::anyhow!("cuda:{index} cannot run: {error}"))?;
+    let device = devices.into_iter().find(|device| device.index == index);
+    let device = device.ok_or_else(|| anyhow::anyhow!("there is no device cuda:{index}"))?;
+    Ok(device.memory_bytes?)
+}
+
 /// The first device that the kernels are made for; else why there is none.
 fn first_usable() -> Result<u32, String> {
     let devices = library::devices().map_err(|error| format!("there is {error}"))?;

@@ -3,13 +3,18 @@
 
 use std::collections::VecDeque;
 
-use anyhow::ensure;
+use anyhow::{Context as _, ensure};
 
+use super::pages::pages_for;
 use super::scheduler::{Scheduler, StepPlan};
 use super::{Engine, EngineInfo, EngineLimits, Request, StepOutput, SubmitError};
 use crate::backend::{Backend, Batch};
 use crate::clock::Clock;
 use crate::model::{Model, Workspace};
+use crate::units::format_bytes;
+
+/// Part of a device's free memory that keys and values may take; operations need some for themselves.
+const KV_SHARE: f64 = 0.9;
 
 /// A step that is queued on the device and whose tokens were not taken yet.
 struct InFlight {
@@ -33,7 +38,8 @@ pub struct LlmEngine<B: Backend> {
 }
 
 impl<B: Backend> LlmEngine<B> {
-    /// Takes the memory for `limits` on the device.
+    /// Takes the memory for `limits` on the device. Where fewer pages than those fit beside the activations, the cache
+    /// has as many as do: [`Engine::info`] tells.
     ///
     /// # Errors
     /// When a limit makes no sense or the device has no room.
@@ -41,8 +47,9 @@ impl<B: Backend> LlmEngine<B> {
         limits.check()?;
         let (context, most) = (limits.max_context, model.config().max_position_embeddings);
         ensure!(context <= most, "the context is {context} tokens, expected at most the model's {most}");
-        let kv = backend.kv_cache(limits.pages)?;
         let workspace = Workspace::new(&mut backend, limits.max_step_tokens(), limits.max_batch)?;
+        let limits = EngineLimits { pages: limits.pages.min(fitting_pages(&backend)?), ..limits };
+        let kv = backend.kv_cache(limits.pages)?;
         let scheduler = Scheduler::new(limits, model.config().vocab_size);
         Ok(LlmEngine {
             backend,
@@ -98,6 +105,13 @@ impl<B: Backend> LlmEngine<B> {
         self.scheduler.apply(plan, &self.tokens, &mut output.events);
         Ok(())
     }
+}
+
+/// Pages that the device has room for.
+fn fitting_pages(backend: &impl Backend) -> anyhow::Result<usize> {
+    let Some(free_bytes) = backend.free_bytes()? else { return Ok(usize::MAX) };
+    pages_for((free_bytes as f64 * KV_SHARE) as u64, backend.page_bytes())
+        .with_context(|| format!("{} are free beside the model", format_bytes(free_bytes)))
 }
 
 impl<B: Backend> Engine for LlmEngine<B> {

@@ -140,12 +140,30 @@ impl<B: Backend> Loader<'_, B> {
     }
 
     fn stacked(&mut self, usage: WeightUse, names: &[String]) -> anyhow::Result<B::Weight> {
+        if let Some(weight) = self.generated(usage, names)? {
+            return Ok(weight);
+        }
         let parts: Vec<HostTensor<'_>> =
             names.iter().map(|name| self.weights.tensor(name)).collect::<anyhow::Result<_>>()?;
         parts.iter().try_for_each(|part| self.refuse_non_finite(part))?;
         let weight =
             self.backend.upload(usage, &parts).with_context(|| format!("uploading {}", names.join(", ")))?;
         (self.progress)(parts.iter().map(|part| part.bytes.len() as u64).sum());
+        Ok(weight)
+    }
+
+    /// Made-up values, where the device makes them itself.
+    fn generated(&mut self, usage: WeightUse, names: &[String]) -> anyhow::Result<Option<B::Weight>> {
+        let Some(parts) = names.iter().map(|name| self.weights.recipe(name)).collect::<Option<Vec<_>>>()
+        else {
+            return Ok(None);
+        };
+        let weight =
+            self.backend.generate(usage, &parts).with_context(|| format!("making {}", names.join(", ")))?;
+        if weight.is_some() {
+            let elements: usize = parts.iter().map(|part| part.shape.iter().product::<usize>()).sum();
+            (self.progress)((elements * size_of::<f32>()) as u64);
+        }
         Ok(weight)
     }
 

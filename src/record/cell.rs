@@ -82,6 +82,20 @@ pub struct Cell {
     pub runs: Vec<Run>,
 }
 
+impl Cell {
+    /// One in which nothing was tried.
+    pub fn skipped(workload: Workload, device: String, why: String) -> Self {
+        Cell {
+            key: workload.key(),
+            workload,
+            devices: vec![device],
+            outcome: Outcome::Skipped { why },
+            warmup: Maybe::missing("skipped"),
+            runs: Vec::new(),
+        }
+    }
+}
+
 /// Whether the cell was measured.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
@@ -93,6 +107,10 @@ pub enum Outcome {
     },
     /// Stopped by a signal; the runs before it are kept.
     Interrupted,
+    /// A suite's cell that this model or this device has no room for; nothing was tried.
+    Skipped {
+        why: String,
+    },
 }
 
 /// Work of the same shapes before the first window; none of it is counted.

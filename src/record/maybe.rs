@@ -26,6 +26,11 @@ impl<T> Maybe<T> {
         Maybe::Missing(Missing { missing: reason.into() })
     }
 
+    /// What a file of an earlier version lacks.
+    pub fn not_recorded() -> Self {
+        Self::missing("not_recorded")
+    }
+
     pub fn value(&self) -> Option<&T> {
         match self {
             Maybe::Value(value) => Some(value),

@@ -62,6 +62,9 @@ pub struct Record {
     pub engine: Engine,
     pub meter: Meter,
     pub cost_model: Maybe<CostModel>,
+    /// Whether the device computes what it should, on the weights of a real model.
+    #[serde(default = "Maybe::<Numerics>::not_recorded")]
+    pub numerics: Maybe<Numerics>,
     /// In the order they were measured.
     pub cells: Vec<Cell>,
 }
@@ -194,6 +197,41 @@ pub struct Engine {
     pub clock_overhead_ns: f64,
     /// From opening the weights to a ready engine, ns.
     pub load_ns: u64,
+    #[serde(default = "Maybe::<Kernels>::not_recorded")]
+    pub kernels: Maybe<Kernels>,
+}
+
+/// How the kernels of a GPU came to be and are launched.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Kernels {
+    /// What they were compiled for: `sm_90a`.
+    pub architecture: String,
+    /// Kernel file → `prebuilt`, `cache`, `compiled` or `emulated`
+    pub origins: BTreeMap<String, String>,
+    /// Decode steps are captured as graphs and replayed.
+    pub graphs: bool,
+    /// A kernel may start while its predecessor ends.
+    pub dependent_launch: bool,
+    /// The same output bits whatever else is in the batch (`--deterministic`).
+    pub deterministic: bool,
+}
+
+/// A known text under teacher forcing: the measured device's log-probabilities against the CPU's in f32.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Numerics {
+    /// The model whose weights were used.
+    pub model: String,
+    /// Positions of the text.
+    pub tokens: u32,
+    /// Mean distance over all positions and the whole vocabulary, nat.
+    pub mean_distance_nat: f64,
+    /// 99th percentile of the distances, nat.
+    pub p99_distance_nat: f64,
+    /// Largest mean distance that passes, nat.
+    pub mean_bound_nat: f64,
+    pub ok: bool,
 }
 
 /// The power sensor, or why there is none.

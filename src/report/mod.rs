@@ -112,6 +112,7 @@ fn explain(reason: &str) -> String {
 fn describe(flag: &Flag) -> String {
     match flag {
         Flag::Failed { error } => format!("failed: {error}"),
+        Flag::Skipped { why } => format!("skipped: {why}"),
         Flag::Interrupted => "interrupted; the runs before are kept".to_owned(),
         Flag::NotQuiet { foreign_share, steal_share } => format!(
             "not quiet: other processes took up to {:.1} % of the cores, the hypervisor {:.1} %",

@@ -9,15 +9,19 @@ use crate::record::Workload;
 use crate::workload::parse_numbers;
 
 /// Suites in the binary: name and text.
-const BUILT_IN: [(&str, &str); 4] = [
+const BUILT_IN: [(&str, &str); 6] = [
     ("quick", include_str!("../../suites/quick.toml")),
+    ("gpu-quick", include_str!("../../suites/gpu-quick.toml")),
     ("standard", include_str!("../../suites/standard.toml")),
+    ("gpu-standard", include_str!("../../suites/gpu-standard.toml")),
     ("decode", include_str!("../../suites/decode.toml")),
     ("prefill", include_str!("../../suites/prefill.toml")),
 ];
 
-/// The suite of a bare `run`.
+/// The suite of a bare `run` on a CPU.
 pub const DEFAULT_SUITE: &str = "quick";
+/// The suite of a bare `run` on a GPU.
+pub const DEFAULT_GPU_SUITE: &str = "gpu-quick";
 
 /// Most cells that one suite may expand to.
 const MOST_CELLS: usize = 1000;

@@ -26,6 +26,7 @@ pub use dtype::StoredDType;
 pub use finite::first_non_finite;
 pub use hash::{sha256_file, sha256_files};
 pub use open::open;
+use synthetic::Recipe;
 
 /// One tensor as it is stored, borrowed from a memory map or owned when it had to be made or reordered.
 #[derive(Clone, Debug)]
@@ -73,6 +74,12 @@ pub trait Weights: Send + Sync {
     /// # Errors
     /// Names the file, the tensor, what was expected and what was found.
     fn tensor(&self, name: &str) -> anyhow::Result<HostTensor<'_>>;
+
+    /// How to make this tensor's f32 values instead of bringing them, where they are made up; a device that can do so
+    /// needs no copy.
+    fn recipe(&self, _name: &str) -> Option<Recipe> {
+        None
+    }
 
     /// The file that holds this tensor, for errors; `None` when it is made up.
     fn file_of(&self, _name: &str) -> Option<&Path> {

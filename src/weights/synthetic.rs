@@ -63,6 +63,16 @@ pub struct Generator {
     pub scale: f32,
 }
 
+/// A made-up tensor that nobody has made yet.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Recipe {
+    /// Canonical name, for errors.
+    pub name: String,
+    /// Row-major, slowest first: `[rows, columns]` or `[columns]`.
+    pub shape: Vec<usize>,
+    pub generator: Generator,
+}
+
 impl Generator {
     pub fn new(config: &Config, seed: u64, spec: &TensorSpec) -> Self {
         let (center, scale) = match spec.role {
@@ -180,6 +190,13 @@ impl Weights for Synthetic {
             shape: spec.shape.clone(),
             bytes: Cow::Owned(bytes),
         })
+    }
+
+    /// Only of f32 values: those stored otherwise are rounded once more.
+    fn recipe(&self, name: &str) -> Option<Recipe> {
+        let spec = self.specs.get(name).filter(|_| self.dtype == SyntheticDType::F32)?;
+        let generator = Generator::new(&self.config, self.seed, spec);
+        Some(Recipe { name: name.to_owned(), shape: spec.shape.clone(), generator })
     }
 }
 

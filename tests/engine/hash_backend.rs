@@ -103,7 +103,7 @@ impl<const IN_FLIGHT: usize> Backend for HashBackend<IN_FLIGHT> {
     const STEPS_IN_FLIGHT: usize = IN_FLIGHT;
 
     fn info(&self) -> BackendInfo {
-        BackendInfo { name: "hash", compute_dtype: "u64", kv_dtype: "u64", threads: 1 }
+        BackendInfo { name: "hash", compute_dtype: "u64", kv_dtype: "u64", threads: 1, kernels: None }
     }
 
     fn shape(&self) -> &Shape {

@@ -228,7 +228,8 @@ impl Backend for Cpu {
             CpuDType::F32 => "f32",
             CpuDType::Quantized => "quantized",
         };
-        BackendInfo { name: "cpu", compute_dtype, kv_dtype: "f32", threads: rayon::current_num_threads() }
+        let threads = rayon::current_num_threads();
+        BackendInfo { name: "cpu", compute_dtype, kv_dtype: "f32", threads, kernels: None }
     }
 
     fn shape(&self) -> &Shape {

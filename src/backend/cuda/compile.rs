@@ -30,6 +30,7 @@ pub const GEMM: Source = source!("gemm");
 pub const ROPE: Source = source!("rope");
 pub const ATTENTION: Source = source!("attention");
 pub const SAMPLE: Source = source!("sample");
+pub const SYNTHETIC: Source = source!("synthetic");
 
 /// What the sources include.
 const HEADERS: [(&str, &str); 2] = [
@@ -57,6 +58,18 @@ pub enum Origin {
     Compiled,
     /// The stand-in driver was compiled from the same sources and takes their text.
     Emulated,
+}
+
+impl Origin {
+    /// As in records.
+    pub fn name(self) -> &'static str {
+        match self {
+            Origin::Prebuilt => "prebuilt",
+            Origin::Cache => "cache",
+            Origin::Compiled => "compiled",
+            Origin::Emulated => "emulated",
+        }
+    }
 }
 
 /// Whether this binary carries compiled kernels.
@@ -98,6 +111,10 @@ impl Compiler {
             cubins: cache.map(|cache| Cubins::at(cubins::folder(&cache))),
             nvrtc: None,
         })
+    }
+
+    pub(super) fn architecture(&self) -> &str {
+        &self.architecture
     }
 
     /// # Errors

@@ -11,12 +11,12 @@ use super::compile::Origin;
 use super::context::{Context, Properties, Stream};
 use super::convert::{CudaDType, rows_to_bits};
 use super::kernels::{HEAD_DIMS, Kernels, MAX_GROUP};
-use super::memory::{DeviceBuffer, Transfer};
+use super::memory::{DeviceBuffer, Transfer, out_of_memory};
 use super::products::Products;
 use super::queue::{Mode, Queue};
 use super::samples::Samples;
 use super::staging::{Staged, Staging};
-use crate::backend::{Batch, Memory, Shape, WeightUse, stack};
+use crate::backend::{Batch, KernelInfo, Memory, Shape, WeightUse, stack};
 use crate::weights::HostTensor;
 
 /// Words of a batch's description at first; it grows.
@@ -122,9 +122,15 @@ impl Cuda {
         self.context.properties()
     }
 
-    /// How each kernel file's image came to be.
-    pub fn origins(&self) -> &[(&'static str, Origin)] {
-        &self.kernels.origins
+    pub(super) fn kernel_info(&self) -> KernelInfo {
+        let name = |&(file, origin): &(&'static str, Origin)| (file, origin.name());
+        KernelInfo {
+            architecture: self.kernels.architecture.clone(),
+            origins: self.kernels.origins.iter().map(name).collect(),
+            graphs: self.options.graphs,
+            dependent_launch: self.properties().has_dependent_launch(),
+            deterministic: self.options.deterministic,
+        }
     }
 
     /// The batch on the device; once for a whole step.
@@ -189,6 +195,18 @@ impl Cuda {
             }
         }
         Ok(CudaWeight { values: Arc::new(Values::Half(buffer)), rows, columns })
+    }
+}
+
+impl Cuda {
+    /// # Errors
+    /// When `bytes` more do not fit on the device, in whole: with what is free, and a hint.
+    pub fn expect_room(&self, bytes: u64, what: &str) -> anyhow::Result<()> {
+        let (free, _) = self.context.memory()?;
+        if bytes > free {
+            return Err(out_of_memory(&self.context, bytes, what));
+        }
+        Ok(())
     }
 }
 

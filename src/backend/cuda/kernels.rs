@@ -40,6 +40,11 @@ pub(super) struct Kernels {
     pub(super) prefill_shared_bytes: u32,
     pub(super) sample_stage1: Kernel,
     pub(super) sample_stage2: Kernel,
+    /// Made-up values in the backend's type, and in f32.
+    pub(super) synthetic: Kernel,
+    pub(super) synthetic_f32: Kernel,
+    /// What they were compiled for.
+    pub(super) architecture: String,
     /// How each module came to be.
     pub(super) origins: Vec<(&'static str, Origin)>,
 }
@@ -53,11 +58,8 @@ impl Kernels {
         let t = dtype.name();
         let (embed, norm, rope) =
             (loader.module(compile::EMBED)?, loader.module(compile::NORM)?, loader.module(compile::ROPE)?);
-        let (gemm, attention, sample) = (
-            loader.module(compile::GEMM)?,
-            loader.module(compile::ATTENTION)?,
-            loader.module(compile::SAMPLE)?,
-        );
+        let (gemm, attention) = (loader.module(compile::GEMM)?, loader.module(compile::ATTENTION)?);
+        let (sample, synthetic) = (loader.module(compile::SAMPLE)?, loader.module(compile::SYNTHETIC)?);
         let products = |kind: &str| -> anyhow::Result<[Kernel; 3]> {
             let [a, b, c] = EPILOGUES.map(|(_, name)| gemm.kernel(format!("gemm_{kind}_{t}_{name}")));
             Ok([a?, b?, c?])
@@ -83,6 +85,9 @@ impl Kernels {
             },
             sample_stage1: sample.kernel("sample_stage1".to_owned())?,
             sample_stage2: sample.kernel("sample_stage2".to_owned())?,
+            synthetic: synthetic.kernel(format!("synthetic_{t}"))?,
+            synthetic_f32: synthetic.kernel("synthetic_f32".to_owned())?,
+            architecture: loader.compiler.architecture().to_owned(),
             origins: loader.origins,
         };
         kernels.decode.allow_shared(kernels.decode_shared_bytes)?;

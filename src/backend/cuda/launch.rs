@@ -43,6 +43,11 @@ pub(super) fn float(value: f32) -> Argument {
     Argument(u64::from(value.to_bits()))
 }
 
+/// A 64-bit integer.
+pub(super) fn long(value: u64) -> Argument {
+    Argument(value)
+}
+
 /// A device address, or 0 for what is absent.
 pub(super) fn at(address: u64) -> Argument {
     Argument(address)

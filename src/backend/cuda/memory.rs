@@ -161,7 +161,7 @@ impl<T> Drop for DeviceBuffer<T> {
 }
 
 /// Says what was asked for, what is free and who may have the rest.
-fn out_of_memory(context: &Context, bytes: u64, what: &str) -> anyhow::Error {
+pub(super) fn out_of_memory(context: &Context, bytes: u64, what: &str) -> anyhow::Error {
     let asked = format!("{what} needs {} on {}", format_bytes(bytes), context.properties().name);
     let text = match context.memory() {
         Ok((free, total)) => format!(

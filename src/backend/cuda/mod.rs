@@ -12,6 +12,7 @@ mod convert;
 mod cubins;
 mod device;
 mod error;
+mod generate;
 mod kernels;
 mod launch;
 pub mod library;

@@ -20,6 +20,7 @@ use crate::backend::{
     WeightUse,
 };
 use crate::weights::HostTensor;
+use crate::weights::synthetic::Recipe;
 
 const THREADS: u32 = 256;
 /// Logits that one block of the sampler looks at.
@@ -148,7 +149,8 @@ impl Backend for Cuda {
 
     fn info(&self) -> BackendInfo {
         let dtype = self.options.dtype.name();
-        BackendInfo { name: "cuda", compute_dtype: dtype, kv_dtype: dtype, threads: 1 }
+        let kernels = Some(self.kernel_info());
+        BackendInfo { name: "cuda", compute_dtype: dtype, kv_dtype: dtype, threads: 1, kernels }
     }
 
     fn shape(&self) -> &Shape {
@@ -168,9 +170,26 @@ impl Backend for Cuda {
         Ok(weight)
     }
 
+    fn generate(&mut self, usage: WeightUse, parts: &[Recipe]) -> anyhow::Result<Option<CudaWeight>> {
+        self.context.bind()?;
+        let weight = self.generate_weight(usage, parts)?;
+        self.memory.weights_bytes += weight.values.bytes();
+        Ok(Some(weight))
+    }
+
+    fn free_bytes(&self) -> anyhow::Result<Option<u64>> {
+        Ok(Some(self.context.memory()?.0))
+    }
+
     fn buffer(&mut self, usage: BufferUse, rows: usize, columns: usize) -> anyhow::Result<CudaBuf> {
         // A padded decode step writes as many rows as its bucket has sequences.
         let rows = bucket(rows);
+        if usage == BufferUse::Residual {
+            // As many rows will be normed: what this takes is known before the cache takes the rest.
+            self.grow(|cuda| &mut cuda.scratch.normed, rows * self.shape.hidden_size)?;
+            let qkv = self.shape.q_size() + 2 * self.shape.kv_size();
+            self.grow(|cuda| &mut cuda.scratch.qkv, rows * qkv)?;
+        }
         let (stream, what) = (&self.queue.stream, "activations");
         let values = match usage {
             BufferUse::Activation => Values::Half(DeviceBuffer::new(stream, rows * columns, what)?),

@@ -11,13 +11,19 @@ use crate::record::{CostModel, Workload};
 use crate::runner::Protocol;
 use crate::suite::{self, Kind, Sizes, Suite};
 use crate::units::{format_duration_s, parse_bytes};
-use crate::weights::registry::DEFAULT_MODEL;
+use crate::weights::registry::{self, DEFAULT_MODEL};
 use crate::{analysis, workload};
 
 /// Output tokens of a decode pass when none are given.
 const DEFAULT_DECODE_OSL: u32 = 32;
 /// Requests that an open loop measures when no number is given.
 const DEFAULT_OPEN_REQUESTS: u32 = 32;
+/// What a GPU is measured with when no model is named, the largest first.
+const GPU_MODELS: [&str; 3] = ["llama-3.1-8b", "llama-3.2-1b", DEFAULT_MODEL];
+/// Bytes of a bf16 or f16 value.
+const GPU_WEIGHT_BYTES: u64 = 2;
+/// Memory that a model needs, keys, values and activations included, for each byte of its weights.
+const ROOM_FOR_WEIGHTS: f64 = 1.35;
 const NANOS_PER_SECOND: f64 = 1e9;
 
 /// What this invocation will do.
@@ -29,6 +35,8 @@ pub(super) struct Choices {
     pub(super) model: String,
     /// The model was named by the user, so that nothing may stand in for it.
     pub(super) model_is_explicit: bool,
+    /// The numerics of the device are looked at first, on the default model's own weights.
+    pub(super) check_numerics: bool,
     /// Seed of synthetic weights, if those are asked for.
     pub(super) synthetic_seed: Option<u64>,
     pub(super) subject: Subject,
@@ -59,12 +67,62 @@ impl std::fmt::Display for Subject {
     }
 }
 
+impl Subject {
+    fn is_gpu(&self) -> bool {
+        matches!(self, Subject::Model(Target::Cuda { .. }))
+    }
+
+    /// Prompt tokens of a step: enough to keep the device busy, few enough for those who decode beside them.
+    fn default_chunk(&self) -> usize {
+        if self.is_gpu() { 2048 } else { 512 }
+    }
+}
+
+/// Which weights are measured.
+struct ModelChoice {
+    name: String,
+    synthetic_seed: Option<u64>,
+    /// Nobody named a model: this one is there to show the device's speed.
+    stands_for_the_device: bool,
+}
+
+impl ModelChoice {
+    /// A GPU is not shown by a model that its caches nearly hold, and large checkpoints are not fetched unasked: without
+    /// a name, the largest of [`GPU_MODELS`] that fits is filled with made-up values.
+    fn settle(args: &Args, subject: &Subject) -> anyhow::Result<Self> {
+        let synthetic_seed = synthetic_seed(&args.weights)?;
+        match (&args.model, subject) {
+            (Some(name), _) => {
+                Ok(ModelChoice { name: name.clone(), synthetic_seed, stands_for_the_device: false })
+            }
+            (None, Subject::Model(Target::Cuda { index, .. })) => Ok(ModelChoice {
+                name: largest_that_fits(device::memory_bytes(*index)?)?,
+                synthetic_seed: Some(synthetic_seed.unwrap_or(0)),
+                stands_for_the_device: true,
+            }),
+            (None, _) => {
+                let name = DEFAULT_MODEL.to_owned();
+                Ok(ModelChoice { name, synthetic_seed, stands_for_the_device: false })
+            }
+        }
+    }
+}
+
+/// The first of [`GPU_MODELS`] that this memory holds with room for a context, else the last.
+fn largest_that_fits(memory_bytes: u64) -> anyhow::Result<String> {
+    for name in GPU_MODELS {
+        let weights_bytes = (registry::find(name)?.parameters * GPU_WEIGHT_BYTES) as f64;
+        if weights_bytes * ROOM_FOR_WEIGHTS <= memory_bytes as f64 {
+            return Ok(name.to_owned());
+        }
+    }
+    Ok(DEFAULT_MODEL.to_owned())
+}
+
 impl Choices {
     /// # Errors
     /// Usage errors, and a broken suite file.
     pub(super) fn settle(args: &Args) -> anyhow::Result<Self> {
-        let suite = suite_of(args)?;
-        let protocol = protocol(args, &suite).map_err(usage)?;
         let subject = match args.engine {
             EngineChoice::Llm => {
                 Subject::Model(Target::settle(&args.device, args.dtype, args.deterministic)?)
@@ -75,9 +133,13 @@ impl Choices {
                 Subject::Script(script)
             }
         };
-        if args.chunk == 0 || args.chunk > 1 << 20 {
-            return Err(usage(format!("--chunk is {}, expected 1 to {}", args.chunk, 1 << 20)));
+        let suite = suite_of(args, &subject)?;
+        let protocol = protocol(args, &suite).map_err(usage)?;
+        let chunk = args.chunk.unwrap_or(subject.default_chunk());
+        if chunk == 0 || chunk > 1 << 20 {
+            return Err(usage(format!("--chunk is {chunk}, expected 1 to {}", 1 << 20)));
         }
+        let model = ModelChoice::settle(args, &subject)?;
         device::check_threads(args.threads)?;
         let kv_memory_bytes = args.kv_memory.as_deref().map(parse_bytes).transpose();
         let price = args.price_per_gpu_hour.as_deref();
@@ -85,12 +147,13 @@ impl Choices {
             suite: (!suite.name.is_empty()).then(|| suite.name.clone()),
             cells: suite.cells,
             protocol,
-            model: args.model.clone().unwrap_or_else(|| DEFAULT_MODEL.to_owned()),
+            model: model.name,
             model_is_explicit: args.model.is_some(),
-            synthetic_seed: synthetic_seed(&args.weights)?,
+            check_numerics: model.stands_for_the_device,
+            synthetic_seed: model.synthetic_seed,
             subject,
             threads: args.threads,
-            chunk: args.chunk,
+            chunk,
             kv_memory_bytes: kv_memory_bytes.map_err(|error| usage(format!("--kv-memory: {error}")))?,
             cost_model: price
                 .map(|text| analysis::parse_price(text, "command_line"))
@@ -133,10 +196,11 @@ impl Choices {
 }
 
 /// The suite that is named, or one made of the sizes on the command line.
-fn suite_of(args: &Args) -> anyhow::Result<Suite> {
+fn suite_of(args: &Args, subject: &Subject) -> anyhow::Result<Suite> {
     let sizes = sizes(args).map_err(usage)?;
     let Some(kind) = kind(args).map_err(usage)? else {
-        let name = args.suite.as_deref().unwrap_or(suite::DEFAULT_SUITE);
+        let default = if subject.is_gpu() { suite::DEFAULT_GPU_SUITE } else { suite::DEFAULT_SUITE };
+        let name = args.suite.as_deref().unwrap_or(default);
         return suite::load(name).map_err(if suite::is_file(name) { bad_file } else { usage_of });
     };
     if args.suite.is_some() {
@@ -243,5 +307,23 @@ fn synthetic_seed(text: &str) -> anyhow::Result<Option<u64>> {
         _ => Err(usage(format!(
             "--weights is '{text}', expected checkpoint, synthetic or synthetic:SEED, a number below 2^53"
         ))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_gpu_gets_the_largest_model_that_its_memory_holds() {
+        for (memory_gib, expected) in [
+            (80, "llama-3.1-8b"),
+            (24, "llama-3.1-8b"),
+            (16, "llama-3.2-1b"),
+            (2, "smollm2-135m"),
+            (0, "smollm2-135m"),
+        ] {
+            assert_eq!(largest_that_fits(memory_gib << 30).unwrap(), expected, "{memory_gib} GiB");
+        }
     }
 }

@@ -3,6 +3,7 @@
 
 mod choices;
 mod model;
+mod numerics;
 mod record;
 mod start;
 mod view;
@@ -15,7 +16,7 @@ use clap::ValueEnum;
 
 use crate::clock::{Clock, file_stamp_utc};
 use crate::machine::Roots;
-use crate::record::{Outcome, Record, Status, Store, check_place};
+use crate::record::{Cell, Outcome, Record, Status, Store, check_place};
 use crate::runner::{self, Stage, Witness};
 use crate::{analysis, report};
 
@@ -43,10 +44,12 @@ use view::View;
     tokmeter run --weights synthetic -m llama-3.2-1b --batch 1 --isl 128 --dry-run"
 )]
 pub struct Args {
-    /// Named suite (quick, standard, decode, prefill) or a suite file
+    /// Named suite (quick, gpu-quick, standard, gpu-standard, decode, prefill) or a suite file [default: quick, on cuda
+    /// gpu-quick]
     #[arg(long, value_name = "NAME|FILE")]
     suite: Option<String>,
-    /// Known model, .gguf or .safetensors file, or folder [default: smollm2-135m]
+    /// Known model, .gguf or .safetensors file, or folder [default: smollm2-135m; on cuda the shapes of llama-3.1-8b, or
+    /// of a smaller one that fits, with made-up weights]
     #[arg(long, short, value_name = "NAME|PATH")]
     model: Option<String>,
     /// The checkpoint's own weights, or made-up values of its shapes
@@ -94,10 +97,10 @@ pub struct Args {
     /// Longest serving window, and longest drain after it
     #[arg(long, value_name = "SECONDS", default_value_t = 120.0)]
     max_seconds: f64,
-    /// Prompt tokens computed in one step
-    #[arg(long, value_name = "TOKENS", default_value_t = 512)]
-    chunk: usize,
-    /// Memory for keys and values, such as 512MiB [default: what the largest cell needs]
+    /// Prompt tokens computed in one step [default: 2048 on cuda, 512 on cpu]
+    #[arg(long, value_name = "TOKENS")]
+    chunk: Option<usize>,
+    /// Memory for keys and values, such as 512MiB [default: what the largest cell needs, or what is free]
     #[arg(long, value_name = "SIZE")]
     kv_memory: Option<String>,
     /// Price of one device for one hour, such as "2.50 USD"
@@ -194,6 +197,11 @@ fn measure_all(
     stop: &AtomicBool,
 ) -> anyhow::Result<()> {
     for (index, workload) in choices.cells.iter().enumerate() {
+        if let Some(why) = started.obstacle(choices, workload) {
+            remark(&format!("skipped {}: {why}", workload.key()));
+            record.cells.push(Cell::skipped(*workload, choices.subject.to_string(), why));
+            continue;
+        }
         let mut on_run = |run, runs| view.run_begins(choices, index, run, runs);
         let mut stage = Stage {
             engine: started.engine.as_mut(),

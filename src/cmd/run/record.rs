@@ -3,11 +3,11 @@
 use super::choices::Choices;
 use super::start::Started;
 use crate::arch;
-use crate::backend::PAGE_SIZE;
+use crate::backend::{KernelInfo, PAGE_SIZE};
 use crate::clock::{Clock, rfc3339_utc};
 use crate::cmd::remark;
 use crate::machine::{self, Roots};
-use crate::record::{Command, Engine, Maybe, Meter, Model, Record, SCHEMA, Session, Status, Tool};
+use crate::record::{Command, Engine, Kernels, Maybe, Meter, Model, Record, SCHEMA, Session, Status, Tool};
 
 /// How long the machine is watched before the first cell.
 const OBSERVED_NS: u64 = 400_000_000;
@@ -44,6 +44,7 @@ pub(super) fn open(choices: &Choices, started: &Started) -> Record {
         engine: engine(choices, started),
         meter: Meter { source: Maybe::missing("no_sensor") },
         cost_model: given(choices.cost_model.clone(), "no_price"),
+        numerics: started.numerics.clone(),
         cells: Vec::new(),
     }
 }
@@ -73,6 +74,17 @@ fn command(choices: &Choices) -> Command {
     }
 }
 
+fn kernels(info: KernelInfo) -> Kernels {
+    let origins = info.origins.into_iter().map(|(file, origin)| (file.to_owned(), origin.to_owned()));
+    Kernels {
+        architecture: info.architecture,
+        origins: origins.collect(),
+        graphs: info.graphs,
+        dependent_launch: info.dependent_launch,
+        deterministic: info.deterministic,
+    }
+}
+
 fn engine(choices: &Choices, started: &Started) -> Engine {
     let info = started.engine.info();
     Engine {
@@ -94,5 +106,6 @@ fn engine(choices: &Choices, started: &Started) -> Engine {
         sampling: "greedy".to_owned(),
         clock_overhead_ns: started.clock.overhead_ns(),
         load_ns: started.load_ns,
+        kernels: given(info.backend.kernels.map(kernels), "no_gpu"),
     }
 }
