@@ -170,6 +170,9 @@ pub trait Backend {
     /// nothing to wait for.
     const STEPS_IN_FLIGHT: usize;
 
+    /// Whether [`Backend::upload`] itself refuses values that are no finite numbers.
+    const CHECKS_VALUES: bool = false;
+
     fn info(&self) -> BackendInfo;
 
     fn shape(&self) -> &Shape;

@@ -32,7 +32,11 @@ fn map(path: &Path) -> anyhow::Result<Mmap> {
     // open would end ours with a bus error, as with any program that maps its weights; it cannot make it write.
     #[allow(unsafe_code)]
     let map = unsafe { Mmap::map(&file) };
-    map.context("cannot be mapped")
+    let map = map.context("cannot be mapped")?;
+    // Weights are read once, from one end to the other: the kernel may read ahead. It may also refuse.
+    #[cfg(unix)]
+    let _ = map.advise(memmap2::Advice::Sequential);
+    Ok(map)
 }
 
 /// Opens a regular file only: a pipe would block and a folder has no bytes.

@@ -67,7 +67,6 @@ impl Attention {
     }
 
     /// Of the first `sequences` sequences.
-
     #[allow(unsafe_code)]
     fn decode(
         &mut self,

@@ -146,6 +146,7 @@ impl Backend for Cuda {
     type Kv = CudaKv;
 
     const STEPS_IN_FLIGHT: usize = 1;
+    const CHECKS_VALUES: bool = true;
 
     fn info(&self) -> BackendInfo {
         let dtype = self.options.dtype.name();

@@ -1,6 +1,8 @@
 //! From a model's name or path to opened weights, and what the record says of them.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+
+use rayon::prelude::*;
 
 use super::choices::Choices;
 use super::view::View;
@@ -46,12 +48,7 @@ pub(super) fn open_model(choices: &Choices, view: &View) -> anyhow::Result<Opene
 fn checkpoint(choices: &Choices, path: &Path, view: &View) -> anyhow::Result<Opened> {
     let weights = open(path).map_err(bad_file)?;
     let info = weights.info();
-    let files = info
-        .files
-        .iter()
-        .map(|file| file_record(file, view))
-        .collect::<anyhow::Result<_>>()
-        .map_err(bad_file)?;
+    let files = file_records(&info.files, view).map_err(bad_file)?;
     let record = WeightsRecord {
         source: WeightsSource::Checkpoint,
         format: info.format.to_owned(),
@@ -61,13 +58,24 @@ fn checkpoint(choices: &Choices, path: &Path, view: &View) -> anyhow::Result<Ope
     Ok(Opened { name: name_of(&choices.model), weights, record })
 }
 
-fn file_record(path: &Path, view: &View) -> anyhow::Result<FileRecord> {
-    let size_bytes = std::fs::metadata(path)?.len();
-    let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
-    let bar = view.bytes(&format!("hashing {name}"), size_bytes);
-    let sha256 = sha256_file(path, &mut |bytes| bar.inc(bytes))?;
+/// Size and hash of each file; several are hashed at once, since one thread is slower than most storage.
+fn file_records(files: &[PathBuf], view: &View) -> anyhow::Result<Vec<FileRecord>> {
+    let sizes: Vec<u64> = files
+        .iter()
+        .map(|file| std::fs::metadata(file).map(|metadata| metadata.len()))
+        .collect::<std::io::Result<_>>()?;
+    let bar = view.bytes("hashing weights", sizes.iter().sum());
+    let records = files
+        .par_iter()
+        .zip(sizes)
+        .map(|(file, size_bytes)| {
+            let name = file.file_name().unwrap_or(file.as_os_str()).to_string_lossy().into_owned();
+            let sha256 = sha256_file(file, &mut |bytes| bar.inc(bytes))?;
+            Ok(FileRecord { name, size_bytes, sha256: Maybe::Value(sha256) })
+        })
+        .collect();
     bar.finish_and_clear();
-    Ok(FileRecord { name, size_bytes, sha256: Maybe::Value(sha256) })
+    records
 }
 
 fn synthetic(name: String, config: Config, seed: u64) -> Opened {
