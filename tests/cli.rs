@@ -62,6 +62,7 @@ cell             tok/s      ±  TTFT p50  TTFT p99  TPOT p50  TPOT p99  tok/J   
 prefill/b1/i40  800 in  0.0 %   50.0 ms         –         –         –      –  1,152,000
 prefill/b2/i40  889 in  0.0 %   90.0 ms         –         –         –      –  1,280,000
 
+· prices: 2.50 USD per device and hour, energy included; 100 % of the paid hours used
 – TTFT: p99 needs 299 observations
 – TPOT: prefill cells make one token
 – tok/J: no power sensor
@@ -81,7 +82,7 @@ fn markdown_is_exact_to_the_byte() {
 - – TTFT: decode cells do not time the prefill
 - – TPOT: p99 needs 299 observations
 - – tok/J: no power sensor
-- – price: no price given (--price-per-gpu-hour)
+- – price: no price given (--price-per-gpu-hour, --cost)
 ",
     );
 }
@@ -118,7 +119,7 @@ fn json_lines_are_exact_to_the_byte() {
             r#""p90_ns":{"missing":"needs_29_observations"},"p99_ns":{"missing":"needs_299_observations"}},"#,
             r#""step":{"count":20,"mean_ns":50000000.0,"p50_ns":50000000.0,"#,
             r#""p90_ns":{"missing":"needs_29_observations"},"p99_ns":{"missing":"needs_299_observations"}},"#,
-            r#""tokens_per_joule":{"missing":"no_sensor"},"tokens_per_money":{"missing":"no_price"},"flags":[]}"#,
+            r#""tokens_per_joule":{"missing":"no_sensor"},"tokens_per_money":{"missing":"no_price"},"cost":{"missing":"no_price"},"flags":[]}"#,
             "\n"
         ),
     );
@@ -152,6 +153,9 @@ fn json_is_exact_to_the_byte() {
   \"currency\": {{
     \"missing\": \"no_price\"
   }},
+  \"prices\": {{
+    \"missing\": \"no_price\"
+  }},
   \"started_at\": \"2026-01-01T00:00:00.000Z\",
   \"not_a_measurement\": \"fake engine: step times come from a script\",
   \"cells\": [
@@ -171,6 +175,7 @@ fn json_is_exact_to_the_byte() {
       \"step\": {ttft},
       \"tokens_per_joule\": {sensor},
       \"tokens_per_money\": {price},
+      \"cost\": {price},
       \"flags\": []
     }}
   ]
@@ -182,6 +187,33 @@ fn json_is_exact_to_the_byte() {
         price = missing("no_price"),
     );
     assert_prints(&["--batch", "1", "--isl", "40", "--format", "json"], &expected);
+}
+
+/// The same record at another price: nothing measured changes, and the arithmetic is that of a slip of paper.
+#[test]
+fn another_price_changes_no_measured_value() {
+    let folder = tempdir().unwrap();
+    let costs = concat!(env!("CARGO_MANIFEST_DIR"), "/costs/owned-8-gpu-server.toml");
+    fake(folder.path(), &["--batch", "1", "--depth", "40", "--osl", "6", "--price-per-gpu-hour", "3.00 EUR"]);
+    let record = read(&folder.path().join("r.json")).unwrap();
+    let report = |args: &[&str]| {
+        let args = [&["report", "r.json", "--allow-not-a-measurement"], args].concat();
+        tokmeter(folder.path(), &args)
+    };
+    // 83.33 tok/s are 0.3 Mtok an hour, 10 EUR each.
+    let own = report(&[]);
+    let row = "| decode/b1/d40/o6 | 10.0000 | – | 10.0000 | – | 16.6667 | 33.3333 |";
+    assert!(own.stdout.contains(row), "{}", own.stdout);
+    let other = report(&["--price-per-gpu-hour", "6.00 EUR"]);
+    let row = "| decode/b1/d40/o6 | 20.0000 | – | 20.0000 | – | 33.3333 | 66.6667 |";
+    assert!(other.stdout.contains(row), "{}", other.stdout);
+    // Power was not measured, so what an owned device costs is not known.
+    let owned = report(&["--cost", costs, "--currency", "EUR"]);
+    assert!(owned.stdout.contains("| decode/b1/d40/o6 | – | – | – | – | – | – |"), "{}", owned.stdout);
+    assert!(owned.stdout.contains("converted from USD at 0.92 (2026-11-22), AN EXAMPLE"), "{}", owned.stdout);
+    assert_eq!(report(&["--cost", costs, "--currency", "JPY"]).code, Some(2));
+    assert_eq!(report(&["--cost", "r.json"]).code, Some(3));
+    assert_eq!(read(&folder.path().join("r.json")).unwrap(), record);
 }
 
 #[test]

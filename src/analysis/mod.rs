@@ -5,6 +5,6 @@ mod cost;
 mod quantile;
 mod summary;
 
-pub use cost::{PriceError, parse_price, tokens_per_money};
+pub use cost::{CellCost, parse_cost, read_cost_file};
 pub use quantile::Quantiles;
 pub use summary::{CellSummary, Flag, Summary, Throughput, TokenKind, refuse_unmeasured, summarize};

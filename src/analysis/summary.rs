@@ -2,7 +2,8 @@
 
 use serde::Serialize;
 
-use super::{Quantiles, cost};
+use super::Quantiles;
+use super::cost::{self, CellCost, Work, cell_cost};
 use crate::record::{Cell, Latency, LatencyHistogram, Maybe, Outcome, Record, Run, Steady, Workload};
 
 /// Share of the cores that others may take before a window is flagged.
@@ -17,6 +18,8 @@ pub struct Summary {
     pub compute_dtype: String,
     pub synthetic_weights: bool,
     pub currency: Maybe<String>,
+    /// The cost model in a sentence.
+    pub prices: Maybe<String>,
     pub started_at: String,
     pub not_a_measurement: Option<String>,
     pub cells: Vec<CellSummary>,
@@ -83,6 +86,8 @@ pub struct CellSummary {
     pub tokens_per_joule: Maybe<f64>,
     /// Tokens for one unit of the record's currency.
     pub tokens_per_money: Maybe<f64>,
+    /// What tokens cost, in the record's currency.
+    pub cost: Maybe<CellCost>,
     pub flags: Vec<Flag>,
 }
 
@@ -105,9 +110,10 @@ pub fn summarize(record: &Record) -> Summary {
         compute_dtype: record.engine.compute_dtype.clone(),
         synthetic_weights: record.model.weights.format == "synthetic",
         currency: match &record.cost_model {
-            Maybe::Value(model) => Maybe::Value(model.currency.clone()),
+            Maybe::Value(model) => Maybe::Value(model.currency.to_string()),
             Maybe::Missing(missing) => Maybe::missing(missing.missing.clone()),
         },
+        prices: record.cost_model.as_ref().map(cost::describe),
         started_at: record.started_at.clone(),
         not_a_measurement: record.not_a_measurement.clone(),
         cells: record.cells.iter().map(|cell| summarize_cell(record, cell)).collect(),
@@ -119,6 +125,7 @@ fn summarize_cell(record: &Record, cell: &Cell) -> CellSummary {
         Quantiles::of(cell.runs.iter().map(|run| pick(&run.latency)))
     };
     let throughput = throughput(cell);
+    let cost = cost_of(record, cell);
     CellSummary {
         key: cell.key.clone(),
         runs: cell.runs.len(),
@@ -128,7 +135,8 @@ fn summarize_cell(record: &Record, cell: &Cell) -> CellSummary {
         e2e: quantiles(|latency| &latency.e2e),
         step: quantiles(|latency| &latency.step),
         tokens_per_joule: tokens_per_joule(cell),
-        tokens_per_money: tokens_per_money(record, cell, &throughput),
+        tokens_per_money: tokens_per_money(cell, &cost),
+        cost,
         throughput,
         flags: flags(cell),
     }
@@ -202,19 +210,54 @@ fn tokens_per_joule(cell: &Cell) -> Maybe<f64> {
     if energy_j > 0.0 { Maybe::Value(tokens / energy_j) } else { Maybe::missing("no_run") }
 }
 
-fn tokens_per_money(record: &Record, cell: &Cell, throughput: &Maybe<Throughput>) -> Maybe<f64> {
-    let model = match &record.cost_model {
-        Maybe::Value(model) => model,
-        Maybe::Missing(missing) => return Maybe::missing(missing.missing.clone()),
-    };
-    match throughput {
-        Maybe::Missing(missing) => Maybe::missing(missing.missing.clone()),
-        Maybe::Value(throughput) => {
-            match cost::tokens_per_money(model, throughput.tokens_per_s, cell.devices.len()) {
-                Ok(tokens) => Maybe::Value(tokens),
-                Err(_) => Maybe::missing("price_unreadable"),
-            }
+fn cost_of(record: &Record, cell: &Cell) -> Maybe<CellCost> {
+    record.cost_model.as_ref().map(|model| {
+        let seconds: f64 = cell.runs.iter().map(|run| tokens_and_seconds(run, TokenKind::Output).1).sum();
+        let rate = |kind| {
+            let tokens: f64 = cell.runs.iter().map(|run| tokens_and_seconds(run, kind).0 as f64).sum();
+            if seconds > 0.0 { tokens / seconds } else { 0.0 }
+        };
+        let work = Work {
+            devices: cell.devices.len(),
+            input_tokens_per_s: rate(TokenKind::Input),
+            output_tokens_per_s: rate(TokenKind::Output),
+            device_watts: device_watts(cell),
+            idle_watts: Maybe::missing("idle_power_not_measured"),
+        };
+        cell_cost(model, &work)
+    })
+}
+
+/// Mean power of one device over all windows, when every window has its energy.
+fn device_watts(cell: &Cell) -> Maybe<f64> {
+    let (mut energy_j, mut seconds) = (0.0, 0.0);
+    for window in cell.runs.iter().flat_map(|run| &run.windows) {
+        match &window.energy {
+            Maybe::Value(energy) => energy_j += energy.energy_j,
+            Maybe::Missing(missing) => return Maybe::missing(missing.missing.clone()),
         }
+        seconds += window.t1_ns.saturating_sub(window.t0_ns) as f64 / 1e9;
+    }
+    if seconds > 0.0 {
+        Maybe::Value(energy_j / seconds / cell.devices.len().max(1) as f64)
+    } else {
+        Maybe::missing("no_run")
+    }
+}
+
+/// Tokens of the headline for one unit of money.
+fn tokens_per_money(cell: &Cell, cost: &Maybe<CellCost>) -> Maybe<f64> {
+    let per_mtok = match cost {
+        Maybe::Missing(missing) => return Maybe::missing(missing.missing.clone()),
+        Maybe::Value(cost) => match headline(&cell.workload) {
+            TokenKind::Input => &cost.per_mtok_input,
+            TokenKind::Output => &cost.per_mtok_output,
+        },
+    };
+    match per_mtok {
+        Maybe::Value(price) if *price > 0.0 => Maybe::Value(1e6 / price),
+        Maybe::Value(_) => Maybe::missing("costs_nothing"),
+        Maybe::Missing(missing) => Maybe::missing(missing.missing.clone()),
     }
 }
 

@@ -73,7 +73,10 @@ impl Target {
                     "--dtype bf16 and f16 are computed on cuda only, and there is no device for them: {reason}"
                 ))),
                 (None, Err(reason)) => {
-                    remark(&format!("device: cpu, since {reason}"));
+                    // Without a driver nobody expects a GPU.
+                    if library::is_present() {
+                        remark(&format!("device: cpu, since {reason}"));
+                    }
                     cpu(dtype)
                 }
             },

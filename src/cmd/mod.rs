@@ -7,6 +7,7 @@ mod doctor;
 mod interrupt;
 mod model;
 mod models;
+mod price;
 mod progress;
 mod report;
 mod run;

@@ -3,6 +3,7 @@
 //! nothing that can be derived (rates, joules per token, prices per token) is stored. FORMAT.md describes every field.
 
 mod cell;
+mod cost;
 mod histogram;
 pub mod machine;
 mod maybe;
@@ -21,6 +22,7 @@ pub use cell::{
     Cell, Check, ClockEvents, Clocks, Drain, Energy, Outcome, RequestRow, Run, Steady, Temperature, Warmup,
     Window, WindowEnd, Workload,
 };
+pub use cost::{Amount, Converted, CostMode, CostModel, Currency, EnergyPrice, ExchangeRate, Usage};
 pub use histogram::{Latency, LatencyHistogram, merge as merge_histograms};
 pub use maybe::{Maybe, Missing};
 pub use redact::redacted;
@@ -63,7 +65,7 @@ pub struct Record {
     pub meter: Meter,
     pub cost_model: Maybe<CostModel>,
     /// Whether the device computes what it should, on the weights of a real model.
-    #[serde(default = "Maybe::<Numerics>::not_recorded")]
+    #[serde(default = "Maybe::<Numerics>::not_recorded", skip_serializing_if = "Maybe::is_not_recorded")]
     pub numerics: Maybe<Numerics>,
     /// In the order they were measured.
     pub cells: Vec<Cell>,
@@ -197,7 +199,7 @@ pub struct Engine {
     pub clock_overhead_ns: f64,
     /// From opening the weights to a ready engine, ns.
     pub load_ns: u64,
-    #[serde(default = "Maybe::<Kernels>::not_recorded")]
+    #[serde(default = "Maybe::<Kernels>::not_recorded", skip_serializing_if = "Maybe::is_not_recorded")]
     pub kernels: Maybe<Kernels>,
 }
 
@@ -239,16 +241,4 @@ pub struct Numerics {
 #[serde(deny_unknown_fields)]
 pub struct Meter {
     pub source: Maybe<String>,
-}
-
-/// A price that was given for this run. Amounts are decimal text, never floating point.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct CostModel {
-    /// Price of one device for one hour, decimal.
-    pub price_per_device_hour: String,
-    /// ISO 4217, such as `USD`.
-    pub currency: String,
-    /// `command_line` or the file it came from.
-    pub source: String,
 }

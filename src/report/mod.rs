@@ -10,7 +10,7 @@ pub use table::table;
 
 use std::collections::BTreeSet;
 
-use crate::analysis::{CellSummary, Flag, Quantiles, TokenKind};
+use crate::analysis::{CellSummary, Flag, Quantiles, Summary, TokenKind};
 use crate::record::Maybe;
 use crate::units::{format_ns, format_significant};
 
@@ -59,9 +59,11 @@ fn row(cell: &CellSummary) -> Vec<String> {
     ]
 }
 
-/// Why there are dashes, and what is flagged: one line each.
-fn notes(cells: &[CellSummary]) -> Vec<String> {
-    let mut notes = Vec::new();
+/// Why there are dashes, what the prices are, and what is flagged: one line each.
+fn notes(summary: &Summary) -> Vec<String> {
+    let cells = &summary.cells;
+    let mut notes: Vec<String> =
+        summary.prices.value().map(|prices| format!("· prices: {prices}")).into_iter().collect();
     let reason_of = |value: &Maybe<f64>| match value {
         Maybe::Missing(missing) => Some(missing.missing.clone()),
         Maybe::Value(_) => None,
@@ -99,7 +101,7 @@ fn notes(cells: &[CellSummary]) -> Vec<String> {
 fn explain(reason: &str) -> String {
     match reason {
         "no_sensor" => "no power sensor".to_owned(),
-        "no_price" => "no price given (--price-per-gpu-hour)".to_owned(),
+        "no_price" => "no price given (--price-per-gpu-hour, --cost)".to_owned(),
         "prefill_not_timed" => "decode cells do not time the prefill".to_owned(),
         "one_output_token" => "prefill cells make one token".to_owned(),
         "no_run" => "not measured".to_owned(),

@@ -18,7 +18,7 @@ pub fn table(summary: &Summary) -> String {
         column.set_cell_alignment(CellAlignment::Right);
     }
     let mut text = format!("{}\n\n{}\n", heading(summary), trimmed(&table.to_string()));
-    let notes = notes(&summary.cells);
+    let notes = notes(summary);
     if !notes.is_empty() {
         text.push('\n');
     }

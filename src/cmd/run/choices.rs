@@ -12,7 +12,7 @@ use crate::runner::Protocol;
 use crate::suite::{self, Kind, Sizes, Suite};
 use crate::units::{format_duration_s, parse_bytes};
 use crate::weights::registry::{self, DEFAULT_MODEL};
-use crate::{analysis, workload};
+use crate::workload;
 
 /// Output tokens of a decode pass when none are given.
 const DEFAULT_DECODE_OSL: u32 = 32;
@@ -142,7 +142,6 @@ impl Choices {
         let model = ModelChoice::settle(args, &subject)?;
         device::check_threads(args.threads)?;
         let kv_memory_bytes = args.kv_memory.as_deref().map(parse_bytes).transpose();
-        let price = args.price_per_gpu_hour.as_deref();
         Ok(Choices {
             suite: (!suite.name.is_empty()).then(|| suite.name.clone()),
             cells: suite.cells,
@@ -155,10 +154,7 @@ impl Choices {
             threads: args.threads,
             chunk,
             kv_memory_bytes: kv_memory_bytes.map_err(|error| usage(format!("--kv-memory: {error}")))?,
-            cost_model: price
-                .map(|text| analysis::parse_price(text, "command_line"))
-                .transpose()
-                .map_err(|error| usage(format!("--price-per-gpu-hour: {error}")))?,
+            cost_model: args.price.settle()?,
             session: args.session.clone(),
             offline: args.offline,
         })

@@ -21,6 +21,7 @@ use crate::runner::{self, Stage, Witness};
 use crate::{analysis, report};
 
 use super::device::DType;
+use super::price::PriceArgs;
 use super::{FAILED, INTERRUPTED, interrupt, print, remark, usage};
 use choices::Choices;
 use view::View;
@@ -39,6 +40,7 @@ use view::View;
     Examples:\n  \
     tokmeter run\n  \
     tokmeter run --suite standard --price-per-gpu-hour \"2.50 USD\"\n  \
+    tokmeter run --suite standard --cost costs/owned-8-gpu-server.toml --currency EUR\n  \
     tokmeter run -m smollm2-135m --dtype quantized --batch 1..16*2 --depth 128,512\n  \
     tokmeter run -m ./model.gguf --concurrency 4 --isl 64 --osl 32 --format csv\n  \
     tokmeter run --weights synthetic -m llama-3.2-1b --batch 1 --isl 128 --dry-run"
@@ -103,9 +105,8 @@ pub struct Args {
     /// Memory for keys and values, such as 512MiB [default: what the largest cell needs, or what is free]
     #[arg(long, value_name = "SIZE")]
     kv_memory: Option<String>,
-    /// Price of one device for one hour, such as "2.50 USD"
-    #[arg(long, value_name = "PRICE", allow_hyphen_values = true)]
-    price_per_gpu_hour: Option<String>,
+    #[command(flatten)]
+    price: PriceArgs,
     /// Name of this session (a boot and driver load), for comparing
     #[arg(long, value_name = "LABEL")]
     session: Option<String>,
