@@ -12,9 +12,10 @@ mod stack;
 
 pub use batch::{Batch, Sampling, TokenInput};
 pub use cpu::{Cpu, CpuDType};
-pub use cuda::{Cuda, CudaDType, CudaOptions};
+pub use cuda::{Cuda, CudaDType, CudaOptions, Gemm};
 pub use reference::Reference;
 
+use crate::record::{CublasLt, Maybe};
 use crate::weights::HostTensor;
 
 /// Tokens that one page of the KV cache holds, on every backend.
@@ -127,6 +128,8 @@ pub struct BackendInfo {
     /// Type of the stored keys and values.
     pub kv_dtype: &'static str,
     pub threads: usize,
+    /// The library that computes large products; else why there is none.
+    pub cublaslt: Maybe<CublasLt>,
 }
 
 /// Identifies a step that a backend may capture once and replay: same key, same sequence of operations and shapes.

@@ -3,6 +3,7 @@
 //! nothing that can be derived (rates, joules per token, prices per token) is stored. FORMAT.md describes every field.
 
 mod cell;
+mod cublaslt;
 mod histogram;
 pub mod machine;
 mod maybe;
@@ -21,6 +22,7 @@ pub use cell::{
     Cell, Check, ClockEvents, Clocks, Drain, Energy, Outcome, RequestRow, Run, Steady, Temperature, Warmup,
     Window, WindowEnd, Workload,
 };
+pub use cublaslt::{Chosen, CublasLt, TunedProduct};
 pub use histogram::{Latency, LatencyHistogram, merge as merge_histograms};
 pub use maybe::{Maybe, Missing};
 pub use redact::redacted;
@@ -171,6 +173,9 @@ pub struct Engine {
     /// Type of activations and products: `f32`, `quantized`, `bf16`, …
     pub compute_dtype: String,
     pub kv_dtype: String,
+    /// The library that computes products of many rows; else why our own kernels do.
+    #[serde(default = "CublasLt::not_recorded")]
+    pub cublaslt: Maybe<CublasLt>,
     /// CPU threads that compute.
     pub threads: u32,
     /// Sequences in one step at most.

@@ -21,6 +21,7 @@ use super::{
     AttnIn, Backend, BackendInfo, Batch, BufferUse, Head, Memory, MlpIn, Shape, StepKey, TokenInput,
     WeightUse,
 };
+use crate::record::Maybe;
 use crate::weights::HostTensor;
 
 /// Rows of an elementwise operation that one thread takes at least.
@@ -228,7 +229,7 @@ impl Backend for Cpu {
             CpuDType::F32 => "f32",
             CpuDType::Quantized => "quantized",
         };
-        BackendInfo { name: "cpu", compute_dtype, kv_dtype: "f32", threads: rayon::current_num_threads() }
+        BackendInfo { name: "cpu", compute_dtype, kv_dtype: "f32", threads: rayon::current_num_threads(), cublaslt: Maybe::missing("not_cuda") }
     }
 
     fn shape(&self) -> &Shape {

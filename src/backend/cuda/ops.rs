@@ -148,7 +148,8 @@ impl Backend for Cuda {
 
     fn info(&self) -> BackendInfo {
         let dtype = self.options.dtype.name();
-        BackendInfo { name: "cuda", compute_dtype: dtype, kv_dtype: dtype, threads: 1 }
+        let cublaslt = self.products.record();
+        BackendInfo { name: "cuda", compute_dtype: dtype, kv_dtype: dtype, threads: 1, cublaslt }
     }
 
     fn shape(&self) -> &Shape {

@@ -11,12 +11,13 @@ use crate::backend::check::{OpCheck, check_ops};
 use crate::backend::{
     Backend, BackendInfo, Cpu, CpuDType, Cuda, CudaDType, CudaOptions, Reference, Shape, cuda,
 };
-use crate::cmd::device::Target;
+use crate::cmd::device::{Target, remark_products};
 use crate::cmd::model::{config_of, locate, name_of};
 use crate::cmd::progress::FetchBar;
 use crate::cmd::{bad_file, usage};
 use crate::model::check::{ForwardCheck, check_forward};
 use crate::model::shape_of;
+use crate::record::{CublasLt, Maybe};
 use crate::weights::registry::DEFAULT_MODEL;
 use crate::weights::slice::{Slice, shallow};
 use crate::weights::synthetic::Synthetic;
@@ -35,6 +36,8 @@ pub(super) struct Report {
     backend: &'static str,
     compute_dtype: &'static str,
     threads: usize,
+    /// What computed products of more than 64 rows: a library, or the backend's own code where there is none.
+    large_products: Option<String>,
     /// Whose shapes the forward pass has.
     model: String,
     /// `synthetic`, or the format of the file.
@@ -102,26 +105,32 @@ fn check_on<B: Backend>(
         _ => Box::new(Synthetic::new(shallow(&config_of(model)?, LAYERS, VOCAB_SIZE), SEED)),
     };
     let slice = Slice::new(weights.as_ref(), LAYERS, VOCAB_SIZE);
+    let info = candidate(shape_of(slice.config()))?.info();
+    remark_products(&info);
     let mut ops = Vec::new();
     for stored in stored_dtypes(&slice, target)? {
         ops.extend(grouped(&check_ops(reference, &candidate, stored, &supports)?, stored));
     }
     let forward = check_forward(reference, &candidate, &slice)?;
     let forward: Vec<Forward> = forward.into_iter().map(Forward::from).collect();
-    let BackendInfo { name: backend, compute_dtype, threads, .. } =
-        candidate(shape_of(slice.config()))?.info();
+    let BackendInfo { name: backend, compute_dtype, threads, .. } = info;
     let passed = ops.iter().all(|op| op.passed) && forward.iter().all(|way| way.passed);
     Ok(Report {
         device: target.to_string(),
         backend,
         compute_dtype,
         threads,
+        large_products: large_products(&info.cublaslt),
         model: name_of(model),
         weights: weights.info().format,
         ops,
         forward,
         passed,
     })
+}
+
+fn large_products(cublaslt: &Maybe<CublasLt>) -> Option<String> {
+    cublaslt.value().map(|library| format!("cuBLASLt {} from {} rows", library.version, library.least_rows))
 }
 
 fn reference(shape: Shape) -> anyhow::Result<Reference> {
@@ -234,11 +243,12 @@ impl Report {
 
     pub(super) fn table(&self) -> String {
         let mut text = format!(
-            "{} · {} on {}, {} threads, against the reference\n\n{}\n",
+            "{} · {} on {}, {} threads{}, against the reference\n\n{}\n",
             self.backend,
             self.compute_dtype,
             self.device,
             self.threads,
+            self.large_products.as_ref().map_or(String::new(), |library| format!(", {library}")),
             self.ops_table()
         );
         for op in &self.ops {
@@ -344,6 +354,7 @@ mod tests {
             backend: "cpu",
             compute_dtype: "f32",
             threads: 2,
+            large_products: None,
             model: "tiny".to_owned(),
             weights: "synthetic",
             ops,

@@ -67,7 +67,7 @@ impl Choices {
         let protocol = protocol(args, &suite).map_err(usage)?;
         let subject = match args.engine {
             EngineChoice::Llm => {
-                Subject::Model(Target::settle(&args.device, args.dtype, args.deterministic)?)
+                Subject::Model(Target::settle(&args.device, args.dtype, args.deterministic, args.gemm)?)
             }
             EngineChoice::Fake => {
                 let script =

@@ -86,6 +86,7 @@ fn start_llm<B: Backend + 'static>(
     let begin_ns = clock.now_ns();
     let config = weights.config().clone();
     let mut backend = make(shape_of(&config))?;
+    device::remark_products(&backend.info());
     let not_a_measurement = not_a_measurement(&backend);
     let limits = limits(choices, &config, Some(backend.page_bytes()))?;
     let bar = view.bytes("loading weights", record.stored_bytes.values().sum());
