@@ -212,7 +212,7 @@ fn on_the_device_choices_on_disk() {
     let but_one = || vec![("Cache".to_owned(), 4), ("Tuned".to_owned(), 1)];
     let first = run();
     assert_eq!(chosen(&first), all("Tuned"));
-    // Two thirds of the guesses were timed: one is refused when it is checked.
+    // Of four guesses one is refused when it is checked.
     assert!(first.iter().all(|product| product.timed_algorithms == 3), "{first:#?}");
     let second = run();
     assert_eq!(chosen(&second), all("Cache"));
@@ -304,7 +304,10 @@ fn on_the_device_full() {
     let untimed: Vec<&TunedProduct> = products.iter().filter(|product| product.rows == 128).collect();
     assert_eq!(untimed.len(), 5);
     for product in untimed {
-        assert_eq!((product.chosen, product.algorithm_id, product.timed_algorithms), (Chosen::Heuristic, 11, 0));
+        assert_eq!(
+            (product.chosen, product.algorithm_id, product.timed_algorithms),
+            (Chosen::Heuristic, 11, 0)
+        );
         assert_eq!(product.best_ns.reason(), Some("no_memory_for_tuning"));
     }
 }
@@ -345,7 +348,7 @@ fn the_record_names_the_library_and_every_algorithm() {
         let found: Vec<(&str, u32, u32)> =
             shapes(224).map(|p| (p.epilogue.as_str(), p.columns, p.depth)).collect();
         let expected =
-            [("store_f32", 128, 64), ("residual", 64, 64), ("residual", 64, 128), ("silu", 256, 64)];
+            [("store_f32", 128, 64), ("residual", 64, 64), ("residual", 64, 96), ("silu", 192, 64)];
         assert_eq!(found, expected, "{products:#?}");
         for product in &products {
             assert!(ids.contains(&product.algorithm_id), "{product:#?}");
@@ -367,7 +370,13 @@ fn own_kernels_compute_where_they_are_asked_to_or_nothing_else_is_there() {
         (true, &[][..], &["--gemm", "own"][..], "own_kernels", ""),
         (true, &[], &["--deterministic"], "deterministic", ""),
         (false, &[], &[], "cublaslt_not_found", "own kernels, since cuBLASLt was not found"),
-        (true, &[("EMU_LT_BROKEN", "1")], &[], "cublaslt_unusable", "since cuBLASLt was found and cannot be used"),
+        (
+            true,
+            &[("EMU_LT_BROKEN", "1")],
+            &[],
+            "cublaslt_unusable",
+            "since cuBLASLt was found and cannot be used",
+        ),
     ] {
         let Some((output, record)) = run(library, settings, arguments) else { return };
         let text = stderr(&output);
@@ -409,13 +418,18 @@ fn a_product_that_no_algorithm_can_do_fails_its_cell_with_the_reason() {
 #[test]
 fn ways_of_computing_that_contradict_each_other_are_usage_errors() {
     for (arguments, expected) in [
-        (&["--gemm", "cublaslt", "--deterministic"][..], "--deterministic computes all products by own kernels"),
+        (
+            &["--gemm", "cublaslt", "--deterministic"][..],
+            "--deterministic computes all products by own kernels",
+        ),
         (&["--gemm", "cublaslt", "--device", "cpu"], "--gemm is for cuda"),
         (&["--gemm", "fast"], "possible values: auto, own, cublaslt"),
     ] {
         let device = if arguments.contains(&"--device") { &[][..] } else { &["--device", "cuda:0"] };
         for verb in ["run", "check"] {
-            let Some(output) = tokmeter(&[], &[&[verb, "-m", TINY], arguments, device].concat()) else { return };
+            let Some(output) = tokmeter(&[], &[&[verb, "-m", TINY], arguments, device].concat()) else {
+                return;
+            };
             assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
             assert!(stderr(&output).contains(expected), "{}", stderr(&output));
         }

@@ -95,7 +95,13 @@ impl Backend for Reference {
     const STEPS_IN_FLIGHT: usize = 0;
 
     fn info(&self) -> BackendInfo {
-        BackendInfo { name: "reference", compute_dtype: "f32", kv_dtype: "f32", threads: 1, cublaslt: Maybe::missing("not_cuda") }
+        BackendInfo {
+            name: "reference",
+            compute_dtype: "f32",
+            kv_dtype: "f32",
+            threads: 1,
+            cublaslt: Maybe::missing("not_cuda"),
+        }
     }
 
     fn shape(&self) -> &Shape {

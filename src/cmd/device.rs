@@ -90,11 +90,11 @@ impl Target {
                 "--deterministic computes all products by own kernels; expected --gemm auto or own with it",
             ));
         }
-        let target = Self::settle_device(device, dtype, CudaOptions {
-            deterministic,
-            gemm: gemm.into(),
-            ..CudaOptions::default()
-        })?;
+        let target = Self::settle_device(
+            device,
+            dtype,
+            CudaOptions { deterministic, gemm: gemm.into(), ..CudaOptions::default() },
+        )?;
         match (target, gemm) {
             (Target::Cpu(_), GemmChoice::Own | GemmChoice::Cublaslt) => {
                 Err(usage("--gemm is for cuda; expected auto, or none, on cpu"))

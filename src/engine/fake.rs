@@ -173,7 +173,13 @@ impl Engine for FakeEngine {
     fn info(&self) -> EngineInfo {
         EngineInfo {
             name: "fake",
-            backend: BackendInfo { name: "fake", compute_dtype: "none", kv_dtype: "none", threads: 1, cublaslt: Maybe::missing("not_cuda") },
+            backend: BackendInfo {
+                name: "fake",
+                compute_dtype: "none",
+                kv_dtype: "none",
+                threads: 1,
+                cublaslt: Maybe::missing("not_cuda"),
+            },
             limits: self.scheduler.limits(),
             vocab_size: self.scheduler.vocab_size(),
             memory: Memory::default(),

@@ -104,7 +104,13 @@ impl<const IN_FLIGHT: usize> Backend for HashBackend<IN_FLIGHT> {
     const STEPS_IN_FLIGHT: usize = IN_FLIGHT;
 
     fn info(&self) -> BackendInfo {
-        BackendInfo { name: "hash", compute_dtype: "u64", kv_dtype: "u64", threads: 1, cublaslt: Maybe::missing("not_cuda") }
+        BackendInfo {
+            name: "hash",
+            compute_dtype: "u64",
+            kv_dtype: "u64",
+            threads: 1,
+            cublaslt: Maybe::missing("not_cuda"),
+        }
     }
 
     fn shape(&self) -> &Shape {

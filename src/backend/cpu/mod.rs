@@ -229,7 +229,13 @@ impl Backend for Cpu {
             CpuDType::F32 => "f32",
             CpuDType::Quantized => "quantized",
         };
-        BackendInfo { name: "cpu", compute_dtype, kv_dtype: "f32", threads: rayon::current_num_threads(), cublaslt: Maybe::missing("not_cuda") }
+        BackendInfo {
+            name: "cpu",
+            compute_dtype,
+            kv_dtype: "f32",
+            threads: rayon::current_num_threads(),
+            cublaslt: Maybe::missing("not_cuda"),
+        }
     }
 
     fn shape(&self) -> &Shape {

@@ -325,13 +325,7 @@ impl Layout {
         let mut raw = std::ptr::null_mut();
         // SAFETY: `raw` outlives the call.
         let status = unsafe {
-            sys::cublasLtMatrixLayoutCreate(
-                &raw mut raw,
-                value,
-                rows as u64,
-                columns as u64,
-                leading as i64,
-            )
+            sys::cublasLtMatrixLayoutCreate(&raw mut raw, value, rows as u64, columns as u64, leading as i64)
         };
         check(status, || format!("cublasLtMatrixLayoutCreate of {rows} x {columns}"))?;
         Ok(Layout(raw))

@@ -154,7 +154,10 @@ impl CublasLt {
     fn multiply(&mut self, queue: &mut Queue, product: Product) -> anyhow::Result<()> {
         let Product { epilogue, y, a, w, rows, columns, depth } = product;
         let is_aligned = [y, a, w].iter().all(|address| address.is_multiple_of(ALIGNMENT));
-        ensure!(is_aligned, "operands of cuBLASLt lie at {y:#x}, {a:#x} and {w:#x}, expected multiples of 256");
+        ensure!(
+            is_aligned,
+            "operands of cuBLASLt lie at {y:#x}, {a:#x} and {w:#x}, expected multiples of 256"
+        );
         let shape = self.choose(queue, ProductShape { epilogue, columns, depth, rows }, w)?;
         let Choice { problem, candidate, .. } = &self.choices[&shape];
         let workspace = self.workspace.address();
@@ -175,7 +178,10 @@ impl CublasLt {
         // An algorithm that cannot do fewer rows than it was chosen for leaves these rows to a choice of their own.
         for shape in [ProductShape { rows: tuned_rows(exact.rows), ..exact }, exact] {
             if !self.choices.contains_key(&shape) {
-                ensure!(queue.mode != Mode::Capture, "the product of {shape} was not seen before its capture");
+                ensure!(
+                    queue.mode != Mode::Capture,
+                    "the product of {shape} was not seen before its capture"
+                );
                 let choice = self.tune(&queue.stream, &shape, w)?;
                 self.choices.insert(shape, choice);
             }

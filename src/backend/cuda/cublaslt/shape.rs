@@ -118,8 +118,7 @@ mod tests {
         }
         for row in 0..rows {
             for column in 0..columns {
-                let expected: i64 =
-                    (0..depth).map(|k| a[row * depth + k] * w[column * depth + k]).sum();
+                let expected: i64 = (0..depth).map(|k| a[row * depth + k] * w[column * depth + k]).sum();
                 assert_eq!(y[row * columns + column], expected, "row {row}, column {column}");
             }
         }
@@ -139,9 +138,10 @@ mod tests {
     fn few_numbers_of_rows_are_tuned() {
         let tuned: std::collections::BTreeSet<usize> = (65..=8192).map(tuned_rows).collect();
         assert_eq!(tuned.len(), 26);
-        assert_eq!(tuned.range(..=512).copied().collect::<Vec<_>>(), [
-            96, 128, 160, 192, 224, 256, 320, 384, 448, 512
-        ]);
+        assert_eq!(
+            tuned.range(..=512).copied().collect::<Vec<_>>(),
+            [96, 128, 160, 192, 224, 256, 320, 384, 448, 512]
+        );
         for rows in 65..=8192 {
             let tuned = tuned_rows(rows);
             assert!(tuned >= rows && tuned_rows(tuned) == tuned);

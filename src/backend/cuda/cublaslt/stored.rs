@@ -21,14 +21,8 @@ pub(super) struct Place {
 
 impl Place {
     fn key(&self, shape: &ProductShape) -> String {
-        let Place {
-            device,
-            multiprocessors,
-            driver_cuda_version,
-            cublaslt_version,
-            dtype,
-            workspace_bytes,
-        } = self;
+        let Place { device, multiprocessors, driver_cuda_version, cublaslt_version, dtype, workspace_bytes } =
+            self;
         format!(
             "device {device}, {multiprocessors} multiprocessors\ndriver for CUDA {driver_cuda_version}\ncuBLASLt \
              {cublaslt_version}, {workspace_bytes} B of workspace\n{shape}, {}\n",
@@ -85,7 +79,8 @@ mod tests {
     use super::*;
     use crate::backend::cuda::kernels::Epilogue;
 
-    const SHAPE: ProductShape = ProductShape { epilogue: Epilogue::Store, columns: 6144, depth: 4096, rows: 512 };
+    const SHAPE: ProductShape =
+        ProductShape { epilogue: Epilogue::Store, columns: 6144, depth: 4096, rows: 512 };
     const ALGORITHM: Algorithm = Algorithm([1, 2, 3, u64::MAX, 5, 6, 7, 0]);
 
     fn place() -> Place {

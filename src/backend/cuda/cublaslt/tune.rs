@@ -154,11 +154,7 @@ impl<'a> Trial<'a> {
     }
 
     /// The fastest launch of `candidate`; the inner error when the library refuses it.
-    fn fastest_ns(
-        &self,
-        problem: &Problem,
-        candidate: &Candidate,
-    ) -> anyhow::Result<Result<u64, CudaError>> {
+    fn fastest_ns(&self, problem: &Problem, candidate: &Candidate) -> anyhow::Result<Result<u64, CudaError>> {
         let stream = self.tuner.stream;
         if let Err(refusal) = self.launch(problem, candidate) {
             return Ok(Err(refusal));
