@@ -21,10 +21,17 @@ pub struct CublasLt {
     pub products: Vec<TunedProduct>,
 }
 
+/// Stands for the field where the program that wrote the file did not know it.
+const NOT_RECORDED: &str = "not_recorded";
+
 impl CublasLt {
-    /// For records of programs that did not know it.
     pub(super) fn not_recorded() -> Maybe<Self> {
-        Maybe::missing("not_recorded")
+        Maybe::missing(NOT_RECORDED)
+    }
+
+    /// A file that lacks the field must keep its hash when it is read and written again.
+    pub(super) fn was_not_recorded(field: &Maybe<Self>) -> bool {
+        field.reason() == Some(NOT_RECORDED)
     }
 }
 

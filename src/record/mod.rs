@@ -174,7 +174,7 @@ pub struct Engine {
     pub compute_dtype: String,
     pub kv_dtype: String,
     /// The library that computes products of many rows; else why our own kernels do.
-    #[serde(default = "CublasLt::not_recorded")]
+    #[serde(default = "CublasLt::not_recorded", skip_serializing_if = "CublasLt::was_not_recorded")]
     pub cublaslt: Maybe<CublasLt>,
     /// CPU threads that compute.
     pub threads: u32,
