@@ -14,7 +14,7 @@ import sysconfig
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # The same lists as in src/backend/cuda/compile.rs.
-SOURCES = ["embed", "norm", "gemm", "rope", "attention", "sample"]
+SOURCES = ["embed", "norm", "gemm", "rope", "attention", "sample", "silu"]
 HEADERS = ["common.cuh", "ptx.cuh"]
 OPTIONS = ["--std=c++17", "-default-device"]
 ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_103a", "sm_120a", "sm_121a"]

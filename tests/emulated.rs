@@ -5,11 +5,12 @@
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 mod common;
+#[path = "common/emulated.rs"]
+mod emulated;
 
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
-use std::sync::OnceLock;
+use std::path::Path;
 
+use emulated::{on_the_device, stderr, tokmeter};
 use tokmeter::arch::TensorRole;
 use tokmeter::backend::check::{OpCheck, check_ops};
 use tokmeter::backend::cuda::supports;
@@ -22,72 +23,6 @@ use tokmeter::model::{Model, shape_of};
 use tokmeter::weights::slice::Slice;
 use tokmeter::weights::synthetic::Synthetic;
 use tokmeter::weights::{HostTensor, StoredDType, Weights, open};
-
-/// The folder with the stand-in `libcuda.so.1`, built once; none without g++.
-fn driver() -> Option<&'static Path> {
-    static FOLDER: OnceLock<Option<PathBuf>> = OnceLock::new();
-    FOLDER.get_or_init(build_driver).as_deref()
-}
-
-fn build_driver() -> Option<PathBuf> {
-    if Command::new("g++").arg("--version").output().is_err() {
-        common::waived("g++ is missing, which compiles the stand-in CUDA driver");
-        return None;
-    }
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("emulated_gpu");
-    std::fs::create_dir_all(&folder).unwrap();
-    let (library, made) = (folder.join("libcuda.so.1"), folder.join(format!("{}.so", std::process::id())));
-    if !is_newer(&library, &["tests/emulated_gpu", "kernels"]) {
-        let flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-w", "-DCUDA_EMU"];
-        let folders = ["-shared", "-fPIC", "-I", "tests/emulated_gpu", "-I", "kernels"];
-        let status = Command::new("g++")
-            .args(flags)
-            .args(folders)
-            .arg("tests/emulated_gpu/driver.cpp")
-            .arg("-o")
-            .arg(&made)
-            .status()
-            .unwrap();
-        assert!(status.success(), "the stand-in driver does not compile");
-        std::fs::rename(&made, &library).unwrap();
-    }
-    Some(folder)
-}
-
-/// Whether `file` was made after everything in `folders`.
-fn is_newer(file: &Path, folders: &[&str]) -> bool {
-    let changed = |path: &Path| std::fs::metadata(path).and_then(|metadata| metadata.modified());
-    let Ok(made) = changed(file) else { return false };
-    let sources = folders.iter().flat_map(|folder| std::fs::read_dir(folder).unwrap());
-    sources.map(|entry| changed(&entry.unwrap().path()).unwrap()).all(|time| time < made)
-}
-
-/// Runs the ignored test `name` of this file where the loader finds the stand-in driver.
-fn on_the_device(name: &str, settings: &[(&str, &str)]) {
-    let Some(folder) = driver() else { return };
-    let output = Command::new(std::env::current_exe().unwrap())
-        .args([name, "--exact", "--ignored", "--nocapture"])
-        .env("LD_LIBRARY_PATH", folder)
-        .envs(settings.iter().copied())
-        .output()
-        .unwrap();
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    let (stdout, stderr) = (text(&output.stdout), text(&output.stderr));
-    assert!(output.status.success() && stdout.contains("1 passed"), "{settings:?}\n{stdout}\n{stderr}");
-    print!("{stdout}");
-}
-
-/// The program itself on the stand-in driver.
-fn tokmeter(settings: &[(&str, &str)], arguments: &[&str]) -> Option<Output> {
-    let folder = driver()?;
-    let mut command = Command::new(env!("CARGO_BIN_EXE_tokmeter"));
-    command.args(arguments).env("LD_LIBRARY_PATH", folder).envs(settings.iter().copied());
-    Some(command.output().unwrap())
-}
-
-fn stderr(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stderr).into_owned()
-}
 
 #[test]
 fn every_operation_agrees_with_the_reference() {

@@ -12,9 +12,10 @@ mod stack;
 
 pub use batch::{Batch, Sampling, TokenInput};
 pub use cpu::{Cpu, CpuDType};
-pub use cuda::{Cuda, CudaDType, CudaOptions};
+pub use cuda::{Cuda, CudaDType, CudaOptions, Gemm};
 pub use reference::Reference;
 
+use crate::record::{CublasLt, Maybe};
 use crate::weights::HostTensor;
 use crate::weights::synthetic::Recipe;
 
@@ -130,6 +131,8 @@ pub struct BackendInfo {
     pub threads: usize,
     /// Where kernels run.
     pub kernels: Option<KernelInfo>,
+    /// The library that computes large products; else why there is none.
+    pub cublaslt: Maybe<CublasLt>,
 }
 
 /// How the kernels of a GPU came to be and are launched.

@@ -4,6 +4,7 @@
 
 mod cell;
 mod cost;
+mod cublaslt;
 mod histogram;
 pub mod machine;
 mod maybe;
@@ -23,6 +24,7 @@ pub use cell::{
     Window, WindowEnd, Workload,
 };
 pub use cost::{Amount, Converted, CostMode, CostModel, Currency, EnergyPrice, ExchangeRate, Usage};
+pub use cublaslt::{Chosen, CublasLt, TunedProduct};
 pub use histogram::{Latency, LatencyHistogram, merge as merge_histograms};
 pub use maybe::{Maybe, Missing};
 pub use redact::redacted;
@@ -176,6 +178,9 @@ pub struct Engine {
     /// Type of activations and products: `f32`, `quantized`, `bf16`, …
     pub compute_dtype: String,
     pub kv_dtype: String,
+    /// The library that computes products of many rows; else why our own kernels do.
+    #[serde(default = "Maybe::<CublasLt>::not_recorded", skip_serializing_if = "Maybe::is_not_recorded")]
+    pub cublaslt: Maybe<CublasLt>,
     /// CPU threads that compute.
     pub threads: u32,
     /// Sequences in one step at most.

@@ -6,7 +6,8 @@
 //       tests/emulated_gpu/driver.cpp -o libcuda.so.1            (-g -fsanitize=address: out of bounds at the kernel's
 //       line, with LD_PRELOAD=libasan; -DEMU_OLD_DRIVER: no symbol newer than CUDA 12.2)
 //
-// Kernels are found by name, whatever the image. Settings, all environment variables:
+// Kernels are found by name, whatever the image. A stand-in library (cublaslt.cpp) queues its own work with emu_queue,
+// which a graph captures like a kernel, and asks emu_is_device what is device memory. Settings, all environment variables:
 //   EMU_ORDER forward | reverse | seed · EMU_NO_DEVICE=1 · EMU_MEMORY_BYTES (512 MiB) · EMU_OTHER_BYTES: held by someone
 //   else · EMU_COMPUTE_CAPABILITY (90) · EMU_MULTIPROCESSORS (4) · EMU_DRIVER_VERSION (13000; 12020 with EMU_OLD_DRIVER) ·
 //   EMU_LOSE_AFTER=n: the device fails at the n-th kernel · EMU_TRACE=1: each operation as it runs, to stderr
@@ -24,6 +25,7 @@
 #include "peaks.cu"
 #include "rope.cu"
 #include "sample.cu"
+#include "silu.cu"
 #include "synthetic.cu"
 
 namespace {
@@ -600,6 +602,19 @@ API cuLaunchKernelEx(const LaunchConfig* c, void* function, void** arguments, vo
     }
     if (pdl && capability() < 90) return NOT_SUPPORTED;
     return launch(static_cast<Function*>(function), {c->gx, c->gy, c->gz}, {c->bx, c->by, c->bz}, c->shared, c->stream, arguments, pdl);
+}
+
+// ---- For stand-in libraries ---------------------------------------------------------------------------------------
+API emu_queue(void* stream, const char* name, const std::function<void()>& work) {
+    NEEDS_CONTEXT;
+    return queue(stream, {[text = std::string(name), work] {
+        if (tracing()) fprintf(stderr, "emulated GPU: %s\n", text.c_str());
+        work();
+    }, {}});
+}
+API emu_is_device(u64 address, size_t bytes) {
+    std::lock_guard guard(state().lock);
+    return is_device_range(address, bytes);
 }
 
 // ---- Errors and the rest ------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-// embed, rms_norm, rope_kv, sample, synthetic, peaks against plain code in double precision (or, where the
+// embed, rms_norm, rope_kv, sample, silu_mul, synthetic, peaks against plain code in double precision (or, where the
 // definition says so, to the bit).
 #include "harness.h"
 
@@ -7,6 +7,7 @@
 #include "peaks.cu"
 #include "rope.cu"
 #include "sample.cu"
+#include "silu.cu"
 #include "synthetic.cu"
 
 using namespace test;
@@ -157,6 +158,23 @@ void test_sample(int rows, int vocab, int chunks, int threads, int kind) {
 }
 
 template <class T>
+void test_silu(void (*kernel)(T*, const T*, int), int n, int f) {
+    std::string name = text("silu_mul_%s", NAME<T>);
+    current_case() = text("%s n=%d f=%d", name.c_str(), n, f);
+    Buffer<T> in(size_t(n) * 2 * f), out(size_t(n) * f);
+    in.random(3.0f);
+    in[0] = narrow<T>(-60.0f), in[f - 1] = narrow<T>(60.0f);  // both ends of the sigmoid
+    launch(name.c_str(), {unsigned(n), unsigned(f + 2047) / 2048}, 256, 0, {in}, [&] { kernel(out.get(), in.get(), f); });
+    for (int t = 0; t < n; t++) {
+        for (int i = 0; i < f; i++) {
+            double gate = wide(in[size_t(t) * 2 * f + i]), up = wide(in[size_t(t) * 2 * f + f + i]);
+            double want = gate / (1 + std::exp(-gate)) * up;
+            close(name, size_t(t) * f + i, wide(out[size_t(t) * f + i]), want, std::fabs(want) * (HALF_ULP<T> + 1e-5) + 1e-7);
+        }
+    }
+}
+
+template <class T>
 void test_synthetic(void (*kernel)(T*, u64, float, float, u64, u64), u64 first, u64 count) {
     current_case() = text("synthetic_%s first=%llu count=%llu", NAME<T>, first, count);
     Buffer<T> out(count);
@@ -193,6 +211,7 @@ void test_peaks(u64 vectors) {
 }
 
 void cases() {
+    for (auto [n, f] : {std::pair{1, 8}, {3, 2048}, {2, 2056}, {5, 576}, {70, 104}}) test_silu(silu_mul_bf16, n, f), test_silu(silu_mul_f16, n, f);
     for (auto [n, d] : {std::pair{1, 8}, {5, 576}, {3, 2056}, {2, 4096}}) {
         test_embed(embed_bf16, n, d), test_embed(embed_f16, n, d);
         for (bool gather : {false, true}) test_norm(rms_norm_bf16, n, d, gather), test_norm(rms_norm_f16, n, d, gather);

@@ -21,6 +21,7 @@ use super::{
     AttnIn, Backend, BackendInfo, Batch, BufferUse, Head, Memory, MlpIn, Shape, StepKey, TokenInput,
     WeightUse,
 };
+use crate::record::Maybe;
 use crate::weights::HostTensor;
 
 /// Rows of an elementwise operation that one thread takes at least.
@@ -228,8 +229,14 @@ impl Backend for Cpu {
             CpuDType::F32 => "f32",
             CpuDType::Quantized => "quantized",
         };
-        let threads = rayon::current_num_threads();
-        BackendInfo { name: "cpu", compute_dtype, kv_dtype: "f32", threads, kernels: None }
+        BackendInfo {
+            name: "cpu",
+            compute_dtype: compute_dtype,
+            kv_dtype: "f32",
+            threads: rayon::current_num_threads(),
+            kernels: None,
+            cublaslt: Maybe::missing("not_cuda"),
+        }
     }
 
     fn shape(&self) -> &Shape {

@@ -1,14 +1,11 @@
 //! From the kernel sources in this binary to an image that the opened device can load. In this order: a CUBIN that was
 //! embedded when the binary was built, one from the cache on disk, one that NVRTC makes now.
 
-use std::path::PathBuf;
-
 use anyhow::Context as _;
 
+use super::cache::{self, Cache};
 use super::context::Properties;
-use super::cubins::{self, Cubins};
 use super::{nvrtc, preload};
-use crate::weights::fetch;
 
 /// One kernel file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,6 +28,7 @@ pub const ROPE: Source = source!("rope");
 pub const ATTENTION: Source = source!("attention");
 pub const SAMPLE: Source = source!("sample");
 pub const SYNTHETIC: Source = source!("synthetic");
+pub const SILU: Source = source!("silu");
 
 /// What the sources include.
 const HEADERS: [(&str, &str); 2] = [
@@ -94,7 +92,7 @@ pub(super) struct Compiler {
     architecture: String,
     is_emulated: bool,
     driver_cuda_version: i32,
-    cubins: Option<Cubins>,
+    cubins: Option<Cache>,
     /// Version, once the compiler was found.
     nvrtc: Option<String>,
 }
@@ -103,12 +101,11 @@ impl Compiler {
     /// # Errors
     /// When the device is too old for the kernels.
     pub(super) fn new(device: &Properties) -> anyhow::Result<Self> {
-        let cache: Option<PathBuf> = fetch::cache_folder(|name| std::env::var_os(name)).ok();
         Ok(Compiler {
             architecture: architecture(device.compute_capability)?,
             is_emulated: device.is_emulated(),
             driver_cuda_version: device.driver_cuda_version,
-            cubins: cache.map(|cache| Cubins::at(cubins::folder(&cache))),
+            cubins: Cache::of_user(cache::KERNELS),
             nvrtc: None,
         })
     }
@@ -163,11 +160,11 @@ fn compile(source: Source, architecture: &str) -> anyhow::Result<Vec<u8>> {
 fn source_key(source: Source) -> String {
     let options = OPTIONS.join("\n");
     let headers = HEADERS.iter().flat_map(|(name, text)| [name.as_bytes(), text.as_bytes()]);
-    cubins::digest([options.as_bytes(), source.text.as_bytes()].into_iter().chain(headers))
+    cache::digest([options.as_bytes(), source.text.as_bytes()].into_iter().chain(headers))
 }
 
 fn cache_key(source: Source, architecture: &str, nvrtc_version: &str) -> String {
-    cubins::digest([source_key(source).as_bytes(), architecture.as_bytes(), nvrtc_version.as_bytes()])
+    cache::digest([source_key(source).as_bytes(), architecture.as_bytes(), nvrtc_version.as_bytes()])
 }
 
 fn prebuilt(source: Source, architecture: &str) -> Option<&'static [u8]> {
@@ -204,7 +201,7 @@ mod tests {
             architecture: "sm_90a".to_owned(),
             is_emulated: false,
             driver_cuda_version: 13_000,
-            cubins: Some(Cubins::at(dir.path().to_owned())),
+            cubins: Some(Cache::at(cache::KERNELS, dir.path())),
             nvrtc: None,
         };
         // Not one of ours: those may be embedded.
@@ -215,7 +212,7 @@ mod tests {
         let (image, origin) = compiler.image(own).unwrap();
         assert_eq!((&image[..4], origin), (&b"\x7fELF"[..], Origin::Compiled));
         assert_eq!(compiler.image(own).unwrap(), (image.clone(), Origin::Cache));
-        let entry = std::fs::read_dir(dir.path()).unwrap().next().unwrap().unwrap().path();
+        let entry = std::fs::read_dir(dir.path().join("kernels")).unwrap().next().unwrap().unwrap().path();
         std::fs::write(&entry, "broken").unwrap();
         assert_eq!(compiler.image(own).unwrap().1, Origin::Compiled);
         assert_eq!(compiler.image(own).unwrap().1, Origin::Cache);

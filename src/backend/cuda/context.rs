@@ -209,7 +209,7 @@ impl Drop for Stream {
     }
 }
 
-/// A mark in a stream that the host can wait for.
+/// A mark in a stream that the host can wait for, or that tells when it was passed.
 #[derive(Debug)]
 pub struct Event {
     _context: Arc<Context>,
@@ -222,11 +222,20 @@ unsafe impl Send for Event {}
 
 impl Event {
     /// Without a time stamp: recording it costs the device nothing.
-    #[allow(unsafe_code)]
     pub fn new(context: &Arc<Context>) -> Result<Self, CudaError> {
+        Self::with_flags(context, sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)
+    }
+
+    /// With a time stamp of the device.
+    pub fn timed(context: &Arc<Context>) -> Result<Self, CudaError> {
+        Self::with_flags(context, sys::CUevent_flags::CU_EVENT_DEFAULT)
+    }
+
+    #[allow(unsafe_code)]
+    fn with_flags(context: &Arc<Context>, flags: sys::CUevent_flags) -> Result<Self, CudaError> {
         context.bind()?;
         let mut raw = std::ptr::null_mut();
-        let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
+        let flags = flags as u32;
         // SAFETY: a context is current; `raw` outlives the call.
         check("cuEventCreate", unsafe { sys::cuEventCreate(&raw mut raw, flags) })?;
         Ok(Event { _context: Arc::clone(context), raw })
@@ -239,12 +248,36 @@ impl Event {
         check("cuEventRecord", unsafe { sys::cuEventRecord(self.raw, stream.raw) })
     }
 
+    /// Nanoseconds of the device from `begin` to this mark; both are [`Event::timed`] and were passed.
+    #[allow(unsafe_code)]
+    pub fn ns_since(&self, begin: &Event) -> Result<u64, CudaError> {
+        let mut ms = 0.0f32;
+        // SAFETY: the function was looked up under its name, and has this type; both events live.
+        check("cuEventElapsedTime", unsafe { elapsed_time()?(&raw mut ms, begin.raw, self.raw) })?;
+        Ok((f64::from(ms) * 1e6) as u64)
+    }
+
     /// Waits until the mark is passed; at once when it was never recorded.
     #[allow(unsafe_code)]
     pub fn synchronize(&self) -> Result<(), CudaError> {
         // SAFETY: the event lives.
         check("cuEventSynchronize", unsafe { sys::cuEventSynchronize(self.raw) })
     }
+}
+
+type ElapsedTime = unsafe extern "C" fn(*mut f32, sys::CUevent, sys::CUevent) -> sys::CUresult;
+
+/// The call's first version, which is in every driver. The bindings know only the second, which is newer than the
+/// oldest driver that we run on.
+#[allow(unsafe_code)]
+fn elapsed_time() -> Result<ElapsedTime, CudaError> {
+    // SAFETY: the driver is present: an event exists. The symbol has the type that the driver's interface gives it.
+    let symbol = unsafe { sys::culib().get::<ElapsedTime>(b"cuEventElapsedTime\0") };
+    symbol.map(|function| *function).map_err(|error| CudaError {
+        call: "cuEventElapsedTime".to_owned(),
+        name: "CUDA_ERROR_NOT_FOUND".to_owned(),
+        text: error.to_string(),
+    })
 }
 
 impl Drop for Event {

@@ -14,7 +14,7 @@ pub(super) const HEAD_DIMS: [usize; 6] = [16, 32, 64, 96, 128, 256];
 pub(super) const MAX_GROUP: usize = 16;
 
 /// What a product does with its sums.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) enum Epilogue {
     /// `y = `, f32
     Store,
@@ -24,8 +24,18 @@ pub(super) enum Epilogue {
     Silu,
 }
 
-const EPILOGUES: [(Epilogue, &str); 3] =
-    [(Epilogue::Store, "store_f32"), (Epilogue::Residual, "residual"), (Epilogue::Silu, "silu")];
+impl Epilogue {
+    /// In kernel names and in records.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Epilogue::Store => "store_f32",
+            Epilogue::Residual => "residual",
+            Epilogue::Silu => "silu",
+        }
+    }
+}
+
+const EPILOGUES: [Epilogue; 3] = [Epilogue::Store, Epilogue::Residual, Epilogue::Silu];
 
 #[derive(Debug)]
 pub(super) struct Kernels {
@@ -33,6 +43,7 @@ pub(super) struct Kernels {
     pub(super) rms_norm: Kernel,
     stream: [Kernel; 3],
     tiled: [Kernel; 3],
+    pub(super) silu_mul: Kernel,
     pub(super) rope_kv: Kernel,
     pub(super) decode: Kernel,
     pub(super) decode_shared_bytes: u32,
@@ -59,9 +70,10 @@ impl Kernels {
         let (embed, norm, rope) =
             (loader.module(compile::EMBED)?, loader.module(compile::NORM)?, loader.module(compile::ROPE)?);
         let (gemm, attention) = (loader.module(compile::GEMM)?, loader.module(compile::ATTENTION)?);
-        let (sample, synthetic) = (loader.module(compile::SAMPLE)?, loader.module(compile::SYNTHETIC)?);
+        let (sample, silu) = (loader.module(compile::SAMPLE)?, loader.module(compile::SILU)?);
+        let synthetic = loader.module(compile::SYNTHETIC)?;
         let products = |kind: &str| -> anyhow::Result<[Kernel; 3]> {
-            let [a, b, c] = EPILOGUES.map(|(_, name)| gemm.kernel(format!("gemm_{kind}_{t}_{name}")));
+            let [a, b, c] = EPILOGUES.map(|e| gemm.kernel(format!("gemm_{kind}_{t}_{}", e.name())));
             Ok([a?, b?, c?])
         };
         let kernels = Kernels {
@@ -69,6 +81,7 @@ impl Kernels {
             rms_norm: norm.kernel(format!("rms_norm_{t}"))?,
             stream: products("stream")?,
             tiled: products("tiled")?,
+            silu_mul: silu.kernel(format!("silu_mul_{t}"))?,
             rope_kv: rope.kernel(format!("rope_kv_{t}"))?,
             decode: attention.kernel(format!("attention_decode_{t}_{head_dim}"))?,
             decode_shared_bytes: match head_dim {

@@ -150,8 +150,14 @@ impl Backend for Cuda {
 
     fn info(&self) -> BackendInfo {
         let dtype = self.options.dtype.name();
-        let kernels = Some(self.kernel_info());
-        BackendInfo { name: "cuda", compute_dtype: dtype, kv_dtype: dtype, threads: 1, kernels }
+        BackendInfo {
+            name: "cuda",
+            compute_dtype: dtype,
+            kv_dtype: dtype,
+            threads: 1,
+            kernels: Some(self.kernel_info()),
+            cublaslt: self.products.record(),
+        }
     }
 
     fn shape(&self) -> &Shape {

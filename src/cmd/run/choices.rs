@@ -125,7 +125,7 @@ impl Choices {
     pub(super) fn settle(args: &Args) -> anyhow::Result<Self> {
         let subject = match args.engine {
             EngineChoice::Llm => {
-                Subject::Model(Target::settle(&args.device, args.dtype, args.deterministic)?)
+                Subject::Model(Target::settle(&args.device, args.dtype, args.deterministic, args.gemm)?)
             }
             EngineChoice::Fake => {
                 let script =

@@ -20,7 +20,7 @@ use crate::record::{Cell, Outcome, Record, Status, Store, check_place};
 use crate::runner::{self, Stage, Witness};
 use crate::{analysis, report};
 
-use super::device::DType;
+use super::device::{DType, GemmChoice};
 use super::price::PriceArgs;
 use super::{FAILED, INTERRUPTED, interrupt, print, remark, usage};
 use choices::Choices;
@@ -66,6 +66,9 @@ pub struct Args {
     /// On cuda: the same output bits for a sequence whatever else is in the batch, at some cost
     #[arg(long)]
     deterministic: bool,
+    /// On cuda: what computes products of more than 64 rows [auto: cuBLASLt where it is found]
+    #[arg(long, value_enum, default_value_t = GemmChoice::Auto)]
+    gemm: GemmChoice,
     /// CPU threads that compute [default: the cores this process may use]
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
@@ -215,6 +218,7 @@ fn measure_all(
         let cell = runner::measure(&mut stage, workload, &choices.protocol);
         let interrupted = cell.outcome == Outcome::Interrupted;
         record.cells.push(cell);
+        record::update_engine(record, started);
         if interrupted {
             record.status = Status::Interrupted;
             break;

@@ -49,6 +49,13 @@ pub(super) fn open(choices: &Choices, started: &Started) -> Record {
     }
 }
 
+/// Brings what the engine says of itself up to date: it makes room, and tunes products, when they first come up.
+pub(super) fn update_engine(record: &mut Record, started: &Started) {
+    let info = started.engine.info();
+    record.engine.cublaslt = info.backend.cublaslt;
+    record.engine.activations_bytes = info.memory.activations_bytes;
+}
+
 /// Marks the end. An interrupted record stays interrupted.
 pub(super) fn close(record: &mut Record, clock: &Clock) {
     record.finished_at = Maybe::Value(rfc3339_utc(clock.unix_ns()));
@@ -93,6 +100,7 @@ fn engine(choices: &Choices, started: &Started) -> Engine {
         device: choices.subject.to_string(),
         compute_dtype: info.backend.compute_dtype.to_owned(),
         kv_dtype: info.backend.kv_dtype.to_owned(),
+        cublaslt: info.backend.cublaslt,
         threads: info.backend.threads as u32,
         max_batch: info.limits.max_batch as u32,
         chunk_tokens: info.limits.chunk as u32,

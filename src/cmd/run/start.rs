@@ -102,6 +102,7 @@ fn start_llm<B: Backend + 'static>(
     let config = weights.config().clone();
     let wanted = limits(choices, &config)?;
     let mut backend = make(&config)?;
+    device::remark_products(&backend.info());
     let not_a_measurement = not_a_measurement(&backend);
     let bar = view.bytes("loading weights", record.stored_bytes.values().sum());
     let model = Model::load(&mut backend, weights.as_ref(), &mut |bytes| bar.inc(bytes))
