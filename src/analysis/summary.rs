@@ -2,6 +2,7 @@
 
 use serde::Serialize;
 
+use super::roofline::{self, Utilization};
 use super::{Quantiles, cost};
 use crate::record::{Cell, Latency, LatencyHistogram, Maybe, Outcome, Record, Run, Steady, Workload};
 
@@ -65,6 +66,11 @@ pub enum Flag {
         check: String,
         detail: String,
     },
+    /// Faster than the device can be: bytes, flops, time or ceiling is wrong.
+    AboveCeiling {
+        mbu_share: Maybe<f64>,
+        mfu_share: Maybe<f64>,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -77,6 +83,10 @@ pub struct CellSummary {
     pub tpot: Maybe<Quantiles>,
     pub e2e: Maybe<Quantiles>,
     pub step: Maybe<Quantiles>,
+    /// Memory bandwidth utilisation: of the read bandwidth measured in the same run.
+    pub mbu_share: Maybe<f64>,
+    /// Model flops utilisation: of the matmul peak measured in the same run.
+    pub mfu_share: Maybe<f64>,
     pub tokens_per_joule: Maybe<f64>,
     /// Tokens for one unit of the record's currency.
     pub tokens_per_money: Maybe<f64>,
@@ -116,6 +126,7 @@ fn summarize_cell(record: &Record, cell: &Cell) -> CellSummary {
         Quantiles::of(cell.runs.iter().map(|run| pick(&run.latency)))
     };
     let throughput = throughput(cell);
+    let utilization = roofline::utilization(record, cell);
     CellSummary {
         key: cell.key.clone(),
         runs: cell.runs.len(),
@@ -127,7 +138,9 @@ fn summarize_cell(record: &Record, cell: &Cell) -> CellSummary {
         tokens_per_joule: tokens_per_joule(cell),
         tokens_per_money: tokens_per_money(record, cell, &throughput),
         throughput,
-        flags: flags(cell),
+        flags: flags(cell).into_iter().chain(above_ceiling(&utilization)).collect(),
+        mbu_share: utilization.mbu_share,
+        mfu_share: utilization.mfu_share,
     }
 }
 
@@ -236,6 +249,12 @@ fn flags(cell: &Cell) -> Vec<Flag> {
         failed.map(|check| Flag::CheckFailed { check: check.name.clone(), detail: check.detail.clone() }),
     );
     flags
+}
+
+fn above_ceiling(utilization: &Utilization) -> Option<Flag> {
+    let Utilization { mbu_share, mfu_share } = utilization.clone();
+    let is_above = |share: &Maybe<f64>| share.value().is_some_and(|share| roofline::is_impossible(*share));
+    (is_above(&mbu_share) || is_above(&mfu_share)).then_some(Flag::AboveCeiling { mbu_share, mfu_share })
 }
 
 /// The worst window, when it is above [`QUIET_SHARE`].

@@ -24,6 +24,7 @@ pub use share::CpuSnapshot;
 use std::path::{Path, PathBuf};
 
 use crate::backend::cuda::library;
+use crate::backend::peaks::HostMemory;
 use crate::record::machine::Machine;
 
 /// Where the files that describe the machine are; tests point it at a tree of their own.
@@ -48,6 +49,16 @@ impl Roots {
 impl Default for Roots {
     fn default() -> Self {
         Roots::under("/")
+    }
+}
+
+/// What probes of the host's memory must know: cache and available memory, within the control group's limit.
+pub fn host_memory(roots: &Roots) -> HostMemory {
+    let available = memory::collect(roots).available_bytes;
+    let limit = limits::collect(roots).cgroup_memory_bytes.into_value().unwrap_or(u64::MAX);
+    HostMemory {
+        last_level_cache_bytes: cpu::collect(roots).last_level_cache_bytes,
+        available_bytes: available.map(|bytes| bytes.min(limit)),
     }
 }
 

@@ -2,6 +2,7 @@
 //! function of such files. Units end every field's name, a value that could not be had is `{"missing": reason}`, and
 //! nothing that can be derived (rates, joules per token, prices per token) is stored. FORMAT.md describes every field.
 
+mod ceilings;
 mod cell;
 mod histogram;
 pub mod machine;
@@ -17,6 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use machine::{Interference, Machine};
 
+pub use ceilings::{Ceiling, Ceilings};
 pub use cell::{
     Cell, Check, ClockEvents, Clocks, Drain, Energy, Outcome, RequestRow, Run, Steady, Temperature, Warmup,
     Window, WindowEnd, Workload,
@@ -62,6 +64,9 @@ pub struct Record {
     pub engine: Engine,
     pub meter: Meter,
     pub cost_model: Maybe<CostModel>,
+    /// What each device can do at most, measured before the first cell.
+    #[serde(default = "ceilings::not_measured")]
+    pub ceilings: Maybe<Vec<Ceilings>>,
     /// In the order they were measured.
     pub cells: Vec<Cell>,
 }

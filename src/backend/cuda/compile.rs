@@ -30,6 +30,8 @@ pub const GEMM: Source = source!("gemm");
 pub const ROPE: Source = source!("rope");
 pub const ATTENTION: Source = source!("attention");
 pub const SAMPLE: Source = source!("sample");
+pub const SYNTHETIC: Source = source!("synthetic");
+pub const PEAKS: Source = source!("peaks");
 
 /// What the sources include.
 const HEADERS: [(&str, &str); 2] = [

@@ -44,6 +44,7 @@ pub(super) fn open(choices: &Choices, started: &Started) -> Record {
         engine: engine(choices, started),
         meter: Meter { source: Maybe::missing("no_sensor") },
         cost_model: given(choices.cost_model.clone(), "no_price"),
+        ceilings: started.ceilings.clone(),
         cells: Vec::new(),
     }
 }

@@ -7,6 +7,7 @@ use super::model::{self, Opened};
 use super::view::View;
 use crate::arch::Config;
 use crate::backend::cuda::is_device_error;
+use crate::backend::peaks::Protocol;
 use crate::backend::{Backend, Cpu, Cuda, Shape};
 use crate::clock::Clock;
 use crate::cmd::device::{self, Target};
@@ -15,9 +16,14 @@ use crate::cmd::{Interrupted, bad_file, usage};
 use crate::engine::{
     Engine, EngineLimits, FakeEngine, FakeScript, LlmEngine, check_batch_fits, pages_for, pages_needed,
 };
+use crate::machine::{Roots, host_memory};
 use crate::model::{Model, shape_of};
-use crate::record::{WeightsRecord, WeightsSource, Workload};
+use crate::record::{Ceilings, Maybe, WeightsRecord, WeightsSource, Workload};
 
+/// Time for each probe of the device, ns.
+const PROBE_NS: u64 = 150_000_000;
+/// No repetition of a probe begins later, ns.
+const PROBES_NS: u64 = 2_500_000_000;
 /// Sequences that an open loop may have in the engine at once.
 const OPEN_LOOP_BATCH: usize = 64;
 
@@ -29,6 +35,7 @@ pub(super) struct Started {
     pub(super) config: Config,
     pub(super) weights: WeightsRecord,
     pub(super) load_ns: u64,
+    pub(super) ceilings: Maybe<Vec<Ceilings>>,
     /// Why the record is none of this machine's speed.
     pub(super) not_a_measurement: Option<String>,
 }
@@ -69,6 +76,7 @@ fn start_fake(choices: &Choices, script: &FakeScript) -> anyhow::Result<Started>
             files: Vec::new(),
         },
         load_ns: 0,
+        ceilings: Maybe::missing("fake_engine"),
         not_a_measurement: Some("fake engine: step times come from a script".to_owned()),
     })
 }
@@ -93,13 +101,37 @@ fn start_llm<B: Backend + 'static>(
         .map_err(|error| if is_device_error(&error) { error } else { bad_file(error) })?;
     bar.finish_and_clear();
     drop(weights);
+    let load_ns = clock.now_ns() - begin_ns;
+    let ceilings = ceilings(&mut backend, &clock, choices.subject.to_string())?;
     if stop.load(Ordering::Relaxed) {
         return Err(Interrupted.into());
     }
-    let engine = LlmEngine::new(backend, model, limits, clock.clone())?;
-    let load_ns = clock.now_ns() - begin_ns;
-    let engine = Box::new(engine);
-    Ok(Started { engine, clock, model_name: name, config, weights: record, load_ns, not_a_measurement })
+    let begin_ns = clock.now_ns();
+    let engine = Box::new(LlmEngine::new(backend, model, limits, clock.clone())?);
+    let load_ns = load_ns + (clock.now_ns() - begin_ns);
+    let ceilings = Maybe::Value(vec![ceilings]);
+    Ok(Started {
+        engine,
+        clock,
+        model_name: name,
+        config,
+        weights: record,
+        load_ns,
+        ceilings,
+        not_a_measurement,
+    })
+}
+
+/// What the device can do at most, while the memory of keys and values is still free.
+fn ceilings<B: Backend>(backend: &mut B, clock: &Clock, device: String) -> anyhow::Result<Ceilings> {
+    let protocol = Protocol {
+        clock: clock.clone(),
+        probe_ns: PROBE_NS,
+        deadline_ns: clock.now_ns() + PROBES_NS,
+        host: host_memory(&Roots::default()),
+        arithmetic_only: false,
+    };
+    Ok(Ceilings { device, ..backend.ceilings(&protocol)? })
 }
 
 /// What the engine must hold for every cell. `page_bytes` is given where `--kv-memory` can bound it.
