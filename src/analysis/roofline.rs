@@ -1,9 +1,10 @@
 //! How near a cell came to its device: bytes and flops that its work needs at least, over its time, as shares of the
 //! ceilings that the same run measured.
 //!
-//! `MBU = (weights + keys and values) / time / read bandwidth`, `MFU = flops / time / matmul peak`. Weights count as
+//! `MBU = (weights + keys and values) / time / bandwidth`, `MFU = flops / time / matmul peak`. Weights count as
 //! they lie on the device; of an embedding table that is not also the head nothing counts. Activations are left out:
-//! caches hold them.
+//! caches hold them. The
+//! bandwidth is the higher of those of reading and of copying.
 
 use crate::arch::{self, Config};
 use crate::record::{Ceilings, Cell, Maybe, Record, Violation, Workload};
@@ -101,17 +102,16 @@ fn ceilings<'a>(record: &'a Record, cell: &Cell) -> Result<&'a Ceilings, &'stati
 }
 
 fn mfu(record: &Record, cell: &Cell, work: &Work) -> Result<f64, String> {
-    // Quantised blocks are multiplied as f32.
-    let dtype = match record.engine.compute_dtype.as_str() {
-        "quantized" => "f32",
-        dtype => dtype,
-    };
-    let peak = match ceilings(record, cell)?.matmul_flops_per_s.get(dtype) {
-        Some(Maybe::Value(peak)) if peak.value > 0.0 => peak.value,
-        Some(Maybe::Missing(missing)) => return Err(missing.missing.clone()),
-        _ => return Err("no_ceiling_of_this_type".to_owned()),
-    };
+    let peak = positive(ceilings(record, cell)?.matmul_of(&record.engine.compute_dtype))?;
     Ok(work.passes * pass_flops(&record.model.config, &cell.workload) / work.seconds / peak)
+}
+
+fn positive(ceiling: Maybe<f64>) -> Result<f64, String> {
+    match ceiling {
+        Maybe::Value(value) if value > 0.0 => Ok(value),
+        Maybe::Value(_) => Err("no_ceilings".to_owned()),
+        Maybe::Missing(missing) => Err(missing.missing),
+    }
 }
 
 /// Flops of one pass: every token once, whatever the steps.
@@ -135,11 +135,7 @@ fn pass_flops(config: &Config, workload: &Workload) -> f64 {
 
 fn mbu(record: &Record, cell: &Cell, work: &Work) -> Result<f64, String> {
     let ceilings = ceilings(record, cell)?;
-    let bandwidth = match &ceilings.read_bandwidth_bytes_per_s {
-        Maybe::Value(bandwidth) if bandwidth.value > 0.0 => bandwidth.value,
-        Maybe::Value(_) => return Err("no_ceilings".to_owned()),
-        Maybe::Missing(missing) => return Err(missing.missing.clone()),
-    };
+    let bandwidth = positive(ceilings.bandwidth_bytes_per_s())?;
     let Maybe::Value(cache_bytes) = ceilings.last_level_cache_bytes else {
         return Err("cache_size_unknown".to_owned());
     };

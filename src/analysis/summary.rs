@@ -83,7 +83,7 @@ pub struct CellSummary {
     pub tpot: Maybe<Quantiles>,
     pub e2e: Maybe<Quantiles>,
     pub step: Maybe<Quantiles>,
-    /// Memory bandwidth utilisation: of the read bandwidth measured in the same run.
+    /// Memory bandwidth utilisation: of the bandwidth measured in the same run.
     pub mbu_share: Maybe<f64>,
     /// Model flops utilisation: of the matmul peak measured in the same run.
     pub mfu_share: Maybe<f64>,

@@ -62,6 +62,11 @@ pub fn host_memory(roots: &Roots) -> HostMemory {
     }
 }
 
+/// What the processor calls itself.
+pub fn cpu_name(roots: &Roots) -> String {
+    cpu::collect(roots).model.into_value().unwrap_or_else(|| "unknown processor".to_owned())
+}
+
 /// Describes the machine and this program. Hashes the executable and asks the CUDA driver for its devices, without
 /// opening one; everything else is a few hundred small files.
 pub fn capture(roots: &Roots) -> Machine {

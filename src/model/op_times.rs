@@ -230,16 +230,11 @@ impl<B: Backend> OpTimer<'_, B> {
         })
     }
 
-    /// `max(bytes / read bandwidth, flops / matmul peak)`
+    /// `max(bytes / bandwidth, flops / matmul peak)`
     fn bound(&self, bytes: u64, flops: f64, dtype: &str) -> Maybe<Bound> {
-        let dtype = if dtype == "quantized" { "f32" } else { dtype };
-        let matmul = self.ceilings.matmul_flops_per_s.get(dtype);
-        let (read, matmul) = match (&self.ceilings.read_bandwidth_bytes_per_s, matmul) {
-            (Maybe::Value(read), Some(Maybe::Value(matmul))) => (read.value, matmul.value),
-            (Maybe::Missing(missing), _) | (_, Some(Maybe::Missing(missing))) => {
-                return Maybe::missing(missing.missing.clone());
-            }
-            (_, None) => return Maybe::missing("no_ceiling_of_this_type"),
+        let (read, matmul) = match (self.ceilings.bandwidth_bytes_per_s(), self.ceilings.matmul_of(dtype)) {
+            (Maybe::Value(read), Maybe::Value(matmul)) => (read, matmul),
+            (Maybe::Missing(missing), _) | (_, Maybe::Missing(missing)) => return Maybe::Missing(missing),
         };
         let (memory_ns, matmul_ns) = (bytes as f64 / read * 1e9, flops / matmul * 1e9);
         let by = if memory_ns >= matmul_ns { BoundBy::Memory } else { BoundBy::Matmul };
@@ -297,9 +292,11 @@ impl<B: Backend> OpTimer<'_, B> {
                     batch.clear();
                     let ids = (0..tokens).map(|_| TokenInput::Id(0));
                     batch.push(ids, first as u32, &shape.pages(sequence), None);
-                    let kv = &mut rig.kv;
+                    let (x, kv) = (&mut x, &mut rig.kv);
                     backend.step(key_of(&batch, false), &mut |backend| {
-                        backend.attn_in(&batch, layer, &weights, &x, kv, &mut q)
+                        // Borrowed uniquely: a buffer may be handed to another thread, but not shared with it.
+                        let x = &mut *x;
+                        backend.attn_in(&batch, layer, &weights, x, kv, &mut q)
                     })?;
                 }
             }

@@ -52,6 +52,25 @@ impl Ceilings {
     }
 }
 
+impl Ceilings {
+    /// The higher of the two bandwidths: what no stream of bytes can exceed.
+    pub fn bandwidth_bytes_per_s(&self) -> Maybe<f64> {
+        match (&self.read_bandwidth_bytes_per_s, &self.copy_bandwidth_bytes_per_s) {
+            (Maybe::Value(read), Maybe::Value(copy)) => Maybe::Value(read.value.max(copy.value)),
+            (Maybe::Missing(missing), _) | (_, Maybe::Missing(missing)) => Maybe::Missing(missing.clone()),
+        }
+    }
+
+    /// The product's peak in the type that a backend computes in; quantised blocks are multiplied as f32.
+    pub fn matmul_of(&self, compute_dtype: &str) -> Maybe<f64> {
+        let dtype = if compute_dtype == "quantized" { "f32" } else { compute_dtype };
+        match self.matmul_flops_per_s.get(dtype) {
+            Some(ceiling) => ceiling.as_ref().map(|ceiling| ceiling.value),
+            None => Maybe::missing("no_ceiling_of_this_type"),
+        }
+    }
+}
+
 /// One ceiling, in the unit of the field that holds it. `value`, `median` and `best` differ by the machine's unrest.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]

@@ -48,15 +48,14 @@ pub(super) fn start(choices: &Choices, stop: &AtomicBool, view: &View) -> anyhow
         Subject::Model(Target::Cpu(dtype)) => {
             start_llm(choices, stop, view, |shape| Ok(Cpu::new(shape, dtype)), |_| None)
         }
-        Subject::Model(Target::Cuda { index, options }) => {
-            start_llm(choices, stop, view, |shape| Cuda::new(index, shape, options), not_a_measurement)
-        }
+        Subject::Model(Target::Cuda { index, options }) => start_llm(
+            choices,
+            stop,
+            view,
+            |shape| Cuda::new(index, shape, options),
+            device::not_a_measurement,
+        ),
     }
-}
-
-fn not_a_measurement(cuda: &Cuda) -> Option<String> {
-    let is_emulated = cuda.properties().is_emulated();
-    is_emulated.then(|| "emulated GPU: a stand-in driver ran the kernels on the CPU".to_owned())
 }
 
 fn start_fake(choices: &Choices, script: &FakeScript) -> anyhow::Result<Started> {
