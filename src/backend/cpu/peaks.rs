@@ -194,7 +194,7 @@ mod tests {
 
     #[test]
     fn reading_sees_every_word_and_copying_moves_every_one() {
-        let parts = Parts::new(1).unwrap();
+        let parts = Parts::new(8).unwrap();
         assert_eq!(parts.bytes(), (rayon::current_num_threads() * 2 * BLOCK_WORDS * 8) as u64);
         assert!(lock(&parts.0[0]).iter().all(|word| *word != 0));
         for word in [0, BLOCK_WORDS - 1, BLOCK_WORDS, 2 * BLOCK_WORDS - 1] {
