@@ -30,6 +30,7 @@ HOT = ("gemm_", "attention_")
 # What the machine code of kernels with these beginnings must contain, and must not.
 MEANT = [
     (HOT, {"tensor-core instructions": r"\bHMMA\.", "128-bit copies to shared memory": r"\bLDGSTS\.\S*\.128"}),
+    (("mma_peak_",), {"tensor-core instructions": r"\bHMMA\."}),
     (("embed_", "rms_norm_", "silu_mul_", "read_bandwidth", "copy_bandwidth"), {"128-bit loads": r"\bLDG\.\S*\.128"}),
 ]
 LOCAL_MEMORY = r"\b(LDL|STL)\b"

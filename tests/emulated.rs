@@ -373,7 +373,7 @@ fn a_device_that_is_lost_leaves_the_record_so_far() {
     let path = out.to_str().unwrap();
     let cells = ["--batch", "1", "--isl", "8,16", "--min-seconds", "0.05", "--repeat", "1"];
     let arguments = [&["run", "--device", "cuda:0", "-m", TINY[0], "-o", path], &cells[..]].concat();
-    let Some(output) = tokmeter(&[("EMU_LOSE_AFTER", "200")], &arguments) else { return };
+    let Some(output) = tokmeter(&[("EMU_LOSE_AFTER", "3")], &arguments) else { return };
     assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
     let text = std::fs::read_to_string(&out).unwrap();
     assert!(text.contains("CUDA_ERROR_LAUNCH_FAILED"), "{text}");

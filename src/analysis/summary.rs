@@ -4,6 +4,7 @@ use serde::Serialize;
 
 use super::Quantiles;
 use super::cost::{self, CellCost, Work, cell_cost};
+use super::roofline::{self, Utilization};
 use crate::record::{Cell, Latency, LatencyHistogram, Maybe, Outcome, Record, Run, Steady, Workload};
 
 /// Share of the cores that others may take before a window is flagged.
@@ -71,6 +72,11 @@ pub enum Flag {
         check: String,
         detail: String,
     },
+    /// Faster than the device can be: bytes, flops, time or ceiling is wrong.
+    AboveCeiling {
+        mbu_share: Maybe<f64>,
+        mfu_share: Maybe<f64>,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -83,6 +89,10 @@ pub struct CellSummary {
     pub tpot: Maybe<Quantiles>,
     pub e2e: Maybe<Quantiles>,
     pub step: Maybe<Quantiles>,
+    /// Memory bandwidth utilisation: of the bandwidth measured in the same run.
+    pub mbu_share: Maybe<f64>,
+    /// Model flops utilisation: of the matmul peak measured in the same run.
+    pub mfu_share: Maybe<f64>,
     pub tokens_per_joule: Maybe<f64>,
     /// Tokens for one unit of the record's currency.
     pub tokens_per_money: Maybe<f64>,
@@ -126,6 +136,7 @@ fn summarize_cell(record: &Record, cell: &Cell) -> CellSummary {
     };
     let throughput = throughput(cell);
     let cost = cost_of(record, cell);
+    let utilization = roofline::utilization(record, cell);
     CellSummary {
         key: cell.key.clone(),
         runs: cell.runs.len(),
@@ -138,7 +149,9 @@ fn summarize_cell(record: &Record, cell: &Cell) -> CellSummary {
         tokens_per_money: tokens_per_money(cell, &cost),
         cost,
         throughput,
-        flags: flags(cell),
+        flags: flags(cell).into_iter().chain(above_ceiling(&utilization)).collect(),
+        mbu_share: utilization.mbu_share,
+        mfu_share: utilization.mfu_share,
     }
 }
 
@@ -283,6 +296,12 @@ fn flags(cell: &Cell) -> Vec<Flag> {
         failed.map(|check| Flag::CheckFailed { check: check.name.clone(), detail: check.detail.clone() }),
     );
     flags
+}
+
+fn above_ceiling(utilization: &Utilization) -> Option<Flag> {
+    let Utilization { mbu_share, mfu_share } = utilization.clone();
+    let is_above = |share: &Maybe<f64>| share.value().is_some_and(|share| roofline::is_impossible(*share));
+    (is_above(&mbu_share) || is_above(&mfu_share)).then_some(Flag::AboveCeiling { mbu_share, mfu_share })
 }
 
 /// The worst window, when it is above [`QUIET_SHARE`].

@@ -6,6 +6,7 @@ mod batch;
 pub mod check;
 pub mod cpu;
 pub mod cuda;
+pub mod peaks;
 mod reference;
 pub mod sampling;
 mod stack;
@@ -15,7 +16,7 @@ pub use cpu::{Cpu, CpuDType};
 pub use cuda::{Cuda, CudaDType, CudaOptions, Gemm};
 pub use reference::Reference;
 
-use crate::record::{CublasLt, Maybe};
+use crate::record::{Ceilings, CublasLt, Maybe};
 use crate::weights::HostTensor;
 use crate::weights::synthetic::Recipe;
 
@@ -288,4 +289,13 @@ pub trait Backend {
 
     /// Fills the first values of a buffer, for tests of single operations.
     fn fill(&mut self, buf: &mut Self::Buf, values: &[f32]) -> anyhow::Result<()>;
+
+    /// Measures what the device can do at most; the memory that takes is given back. Who calls names the device.
+    ///
+    /// # Errors
+    /// When the device fails. Too little memory is a reason in the result, no error.
+    fn ceilings(&mut self, protocol: &peaks::Protocol) -> anyhow::Result<Ceilings> {
+        let _ = protocol;
+        Ok(Ceilings::missing("no_device"))
+    }
 }

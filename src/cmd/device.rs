@@ -6,7 +6,7 @@ use clap::ValueEnum;
 use super::{remark, usage};
 use crate::backend::cpu;
 use crate::backend::cuda::library::{self, Device};
-use crate::backend::{BackendInfo, CpuDType, CudaDType, CudaOptions, Gemm};
+use crate::backend::{BackendInfo, CpuDType, Cuda, CudaDType, CudaOptions, Gemm};
 
 /// Most threads that make sense to ask for.
 const MOST_THREADS: usize = 4096;
@@ -193,6 +193,12 @@ pub(super) fn check_threads(threads: Option<usize>) -> anyhow::Result<()> {
 /// When they were started before.
 pub(super) fn start_threads(threads: Option<usize>) -> anyhow::Result<()> {
     cpu::set_threads(threads.unwrap_or_else(cpu::default_threads))
+}
+
+/// Why nothing that this device computes is its speed.
+pub(super) fn not_a_measurement(cuda: &Cuda) -> Option<String> {
+    let is_emulated = cuda.properties().is_emulated();
+    is_emulated.then(|| "emulated GPU: a stand-in driver ran the kernels on the CPU".to_owned())
 }
 
 #[cfg(test)]

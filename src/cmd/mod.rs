@@ -7,6 +7,7 @@ mod doctor;
 mod interrupt;
 mod model;
 mod models;
+mod peaks;
 mod price;
 mod progress;
 mod report;
@@ -35,6 +36,8 @@ pub const INTERRUPTED: u8 = 130;
     after_help = "Examples:\n  tokmeter run                              measure this machine with the default model\n  \
                   tokmeter run --batch 1,8 --depth 512      only decoding, at two batch sizes\n  \
                   tokmeter check                            is what this machine computes right\n  \
+                  tokmeter peaks                            what this device can do at most
+  \
                   tokmeter doctor                           what is here, what is missing, and the remedy\n  \
                   tokmeter report RECORD.json               a record as Markdown\n\n\
                   Exit codes: 0 done, 1 something failed, 2 usage, 3 broken or foreign file, 130 interrupted"
@@ -48,6 +51,7 @@ struct Cli {
 enum Verb {
     Run(Box<run::Args>),
     Check(check::Args),
+    Peaks(peaks::Args),
     Doctor(doctor::Args),
     Models(models::Args),
     Validate(validate::Args),
@@ -96,6 +100,7 @@ pub fn execute() -> u8 {
     let result = match cli.verb {
         Verb::Run(args) => run::run(*args),
         Verb::Check(args) => check::run(args),
+        Verb::Peaks(args) => peaks::run(args),
         Verb::Doctor(args) => doctor::run(args),
         Verb::Models(args) => models::run(args),
         Verb::Validate(args) => validate::run(args),

@@ -2,6 +2,7 @@
 //! function of such files. Units end every field's name, a value that could not be had is `{"missing": reason}`, and
 //! nothing that can be derived (rates, joules per token, prices per token) is stored. FORMAT.md describes every field.
 
+mod ceilings;
 mod cell;
 mod cost;
 mod cublaslt;
@@ -19,6 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use machine::{Interference, Machine};
 
+pub use ceilings::{Ceiling, Ceilings};
 pub use cell::{
     Cell, Check, ClockEvents, Clocks, Drain, Energy, Outcome, RequestRow, Run, Steady, Temperature, Warmup,
     Window, WindowEnd, Workload,
@@ -69,6 +71,12 @@ pub struct Record {
     /// Whether the device computes what it should, on the weights of a real model.
     #[serde(default = "Maybe::<Numerics>::not_recorded", skip_serializing_if = "Maybe::is_not_recorded")]
     pub numerics: Maybe<Numerics>,
+    /// What each device can do at most, measured before the first cell.
+    #[serde(
+        default = "Maybe::<Vec<Ceilings>>::not_recorded",
+        skip_serializing_if = "Maybe::is_not_recorded"
+    )]
+    pub ceilings: Maybe<Vec<Ceilings>>,
     /// In the order they were measured.
     pub cells: Vec<Cell>,
 }

@@ -20,7 +20,7 @@ const DASH: &str = "–";
 /// Column titles of the table and of the Markdown report.
 fn titles(currency: &Maybe<String>) -> Vec<String> {
     let money = currency.value().map_or("tok/$".to_owned(), |code| format!("tok/{code}"));
-    ["cell", "tok/s", "±", "TTFT p50", "TTFT p99", "TPOT p50", "TPOT p99", "tok/J"]
+    ["cell", "tok/s", "±", "TTFT p50", "TTFT p99", "TPOT p50", "TPOT p99", "MBU", "MFU", "tok/J"]
         .into_iter()
         .map(str::to_owned)
         .chain([money])
@@ -54,9 +54,15 @@ fn row(cell: &CellSummary) -> Vec<String> {
         quantile(&cell.ttft, |quantiles| &quantiles.p99_ns),
         quantile(&cell.tpot, |quantiles| &quantiles.p50_ns),
         quantile(&cell.tpot, |quantiles| &quantiles.p99_ns),
+        percent(&cell.mbu_share),
+        percent(&cell.mfu_share),
         number(&cell.tokens_per_joule),
         number(&cell.tokens_per_money),
     ]
+}
+
+fn percent(share: &Maybe<f64>) -> String {
+    share.value().map_or(DASH.to_owned(), |share| format!("{:.1} %", share * 100.0))
 }
 
 /// Why there are dashes, what the prices are, and what is flagged: one line each.
@@ -82,6 +88,8 @@ fn notes(summary: &Summary) -> Vec<String> {
     for (what, reasons) in [
         ("TTFT", latencies(|cell| &cell.ttft)),
         ("TPOT", latencies(|cell| &cell.tpot)),
+        ("MBU", cells.iter().filter_map(|cell| reason_of(&cell.mbu_share)).collect()),
+        ("MFU", cells.iter().filter_map(|cell| reason_of(&cell.mfu_share)).collect()),
         ("tok/J", cells.iter().filter_map(|cell| reason_of(&cell.tokens_per_joule)).collect()),
         ("price", cells.iter().filter_map(|cell| reason_of(&cell.tokens_per_money)).collect()),
     ] {
@@ -104,6 +112,11 @@ fn explain(reason: &str) -> String {
         "no_price" => "no price given (--price-per-gpu-hour, --cost)".to_owned(),
         "prefill_not_timed" => "decode cells do not time the prefill".to_owned(),
         "one_output_token" => "prefill cells make one token".to_owned(),
+        "fake_engine" => "the engine is scripted".to_owned(),
+        "cache_resident" => "the working set is below 8 × the last-level cache".to_owned(),
+        "memory_too_small" => "too little free memory for the probe of its bandwidth".to_owned(),
+        "requests_cross_the_window" => "requests of serving cells cross the window's edges".to_owned(),
+        "not_recorded" => "the record is of a version that did not measure it".to_owned(),
         "no_run" => "not measured".to_owned(),
         "needs_5_observations" => "p50 needs 5 observations".to_owned(),
         "needs_299_observations" => "p99 needs 299 observations".to_owned(),
@@ -123,6 +136,11 @@ fn describe(flag: &Flag) -> String {
         ),
         Flag::Unsustainable => "unsustainable: requests arrived faster than they were served".to_owned(),
         Flag::Unfinished { requests } => format!("{requests} requests were not finished within the drain"),
+        Flag::AboveCeiling { mbu_share, mfu_share } => format!(
+            "above the device's own ceiling (MBU {}, MFU {}): the ceiling or the count is wrong",
+            percent(mbu_share),
+            percent(mfu_share)
+        ),
         Flag::CheckFailed { check, detail } => format!("check {check} failed: {detail}"),
     }
 }

@@ -10,7 +10,8 @@
 // which a graph captures like a kernel, and asks emu_is_device what is device memory. Settings, all environment variables:
 //   EMU_ORDER forward | reverse | seed · EMU_NO_DEVICE=1 · EMU_MEMORY_BYTES (512 MiB) · EMU_OTHER_BYTES: held by someone
 //   else · EMU_COMPUTE_CAPABILITY (90) · EMU_MULTIPROCESSORS (4) · EMU_DRIVER_VERSION (13000; 12020 with EMU_OLD_DRIVER) ·
-//   EMU_LOSE_AFTER=n: the device fails at the n-th kernel · EMU_TRACE=1: each operation as it runs, to stderr
+//   EMU_LOSE_AFTER=n: the device fails at the n-th embed · EMU_L2_BYTES (16384: probes of the memory stay
+//   small) · EMU_TRACE=1: each operation as it runs, to stderr
 #include <mutex>
 #include <set>
 #include <tuple>
@@ -124,7 +125,7 @@ struct State {
     std::recursive_mutex lock;
     bool initialized = false;
     int lost = 0;  // sticky
-    u64 kernels_run = 0, allocated = 0;
+    u64 embeds_run = 0, allocated = 0;
     std::map<u64, size_t> memory;
     std::map<void*, size_t> pinned;
     std::set<Stream*> streams;
@@ -155,7 +156,8 @@ void drain(Stream& stream) {
             if (tracing()) fprintf(stderr, "emulated GPU: %s\n", stream.waiting.front().launch.name.c_str());
             launches.push_back(std::move(stream.waiting.front().launch));
             stream.waiting.pop_front();
-            if (++state().kernels_run == setting("EMU_LOSE_AFTER", 0)) {
+            const bool is_embed = launches.back().name.rfind("embed", 0) == 0;
+            if (is_embed && ++state().embeds_run == setting("EMU_LOSE_AFTER", 0)) {
                 state().lost = LAUNCH_FAILED;
                 return;
             }
@@ -241,7 +243,7 @@ int attribute(int which) {
         case 16: return int(setting("EMU_MULTIPROCESSORS", 4));
         case 36: return 1000000;                      // memory clock, kHz
         case 37: return 64;                           // bus width, bits
-        case 38: return 4 << 20;                      // L2
+        case 38: return int(setting("EMU_L2_BYTES", 16 << 10));
         case 39: return 2048;                         // threads per multiprocessor
         case 40: return 2;
         case 41: return 1;

@@ -153,7 +153,7 @@ void cases() {
     EXPECT(cuStreamEndCapture(d.stream, &graph), CAPTURE_UNMATCHED);
 
     current_case() = "a lost device";
-    setenv("EMU_LOSE_AFTER", std::to_string(state().kernels_run + 1).c_str(), 1);
+    setenv("EMU_LOSE_AFTER", std::to_string(state().embeds_run + 1).c_str(), 1);
     step(d);
     EXPECT(cuStreamSynchronize(d.stream), LAUNCH_FAILED);
     EXPECT(cuMemAlloc_v2(&address, 16), LAUNCH_FAILED);

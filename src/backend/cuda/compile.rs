@@ -29,6 +29,7 @@ pub const ATTENTION: Source = source!("attention");
 pub const SAMPLE: Source = source!("sample");
 pub const SYNTHETIC: Source = source!("synthetic");
 pub const SILU: Source = source!("silu");
+pub const PEAKS: Source = source!("peaks");
 
 /// What the sources include.
 const HEADERS: [(&str, &str); 2] = [

@@ -95,6 +95,11 @@ impl Context {
         check("cuCtxSetCurrent", unsafe { sys::cuCtxSetCurrent(self.raw) })
     }
 
+    /// Size of the L2 cache, bytes.
+    pub(super) fn l2_bytes(&self) -> Result<u64, CudaError> {
+        attribute(self.device, Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE).map(u64::from)
+    }
+
     /// Free and total device memory, bytes.
     #[allow(unsafe_code)]
     pub fn memory(&self) -> Result<(u64, u64), CudaError> {
@@ -138,22 +143,25 @@ fn find(index: u32) -> anyhow::Result<sys::CUdevice> {
 }
 
 #[allow(unsafe_code)]
+fn attribute(device: sys::CUdevice, which: Attribute) -> Result<u32, CudaError> {
+    let mut value = 0i32;
+    // SAFETY: `device` comes from `cuDeviceGet`, and `value` outlives the call.
+    check("cuDeviceGetAttribute", unsafe { sys::cuDeviceGetAttribute(&raw mut value, which, device) })
+        .map(|()| value.unsigned_abs())
+}
+
 fn properties(device: sys::CUdevice) -> anyhow::Result<Properties> {
-    let attribute = |which: Attribute| {
-        let mut value = 0;
-        // SAFETY: `device` comes from `cuDeviceGet`, and `value` outlives the call.
-        check("cuDeviceGetAttribute", unsafe { sys::cuDeviceGetAttribute(&raw mut value, which, device) })
-            .map(|()| value)
-    };
     let described = library::describe(device, device);
     Ok(Properties {
         name: described.name?,
         uuid: described.uuid.unwrap_or_else(|_| "unknown".to_owned()),
         compute_capability: described.compute_capability?,
-        multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?.unsigned_abs(),
+        multiprocessors: attribute(device, Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
         total_bytes: described.memory_bytes?,
-        shared_bytes_per_block: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?
-            .unsigned_abs(),
+        shared_bytes_per_block: attribute(
+            device,
+            Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
+        )?,
         driver_cuda_version: library::cuda_version()?,
     })
 }

@@ -122,6 +122,34 @@ impl Kernels {
     }
 }
 
+/// The kernels that measure the device itself.
+#[derive(Debug)]
+pub(super) struct PeakKernels {
+    pub(super) read_bandwidth: Kernel,
+    pub(super) copy_bandwidth: Kernel,
+    pub(super) empty: Kernel,
+    pub(super) mma_peak: Kernel,
+    /// Fills a buffer of the type.
+    pub(super) random: Kernel,
+}
+
+impl PeakKernels {
+    /// # Errors
+    /// As for [`Kernels::load`].
+    pub(super) fn load(context: &Arc<Context>, dtype: CudaDType) -> anyhow::Result<Self> {
+        let mut loader =
+            Loader { context, compiler: Compiler::new(context.properties())?, origins: Vec::new() };
+        let (peaks, synthetic) = (loader.module(compile::PEAKS)?, loader.module(compile::SYNTHETIC)?);
+        Ok(PeakKernels {
+            read_bandwidth: peaks.kernel("read_bandwidth".to_owned())?,
+            copy_bandwidth: peaks.kernel("copy_bandwidth".to_owned())?,
+            empty: peaks.kernel("empty".to_owned())?,
+            mma_peak: peaks.kernel(format!("mma_peak_{}", dtype.name()))?,
+            random: synthetic.kernel(format!("synthetic_{}", dtype.name()))?,
+        })
+    }
+}
+
 struct Loader<'a> {
     context: &'a Arc<Context>,
     compiler: Compiler,

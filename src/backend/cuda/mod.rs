@@ -21,6 +21,7 @@ mod memory;
 mod module;
 mod nvrtc;
 mod ops;
+mod peaks;
 mod preload;
 mod products;
 mod queue;

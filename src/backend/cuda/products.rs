@@ -107,6 +107,15 @@ impl Products {
         self.large.record()
     }
 
+    /// Which implementation runs `product`, for the record.
+    pub(super) fn by(&self, product: &Product) -> &'static str {
+        let is_large = product.rows > STREAM_ROWS && !self.deterministic;
+        match &self.large {
+            Large::Library(_) if is_large => "cublaslt",
+            _ => "own",
+        }
+    }
+
     pub(super) fn queue(
         &mut self,
         queue: &mut Queue,

@@ -182,8 +182,8 @@ impl Choices {
             text.push('\n');
         }
         text.push_str(&format!(
-            "\n{} cells, at least {}: windows and warm-up alone; loading, prefilled contexts and passes longer than \
-             a window come on top\n",
+            "\n{} cells, at least {}: windows and warm-up alone; loading, ceilings, prefilled contexts and passes longer \
+             than a window come on top\n",
             self.cells.len(),
             format_duration_s(self.least_seconds())
         ));

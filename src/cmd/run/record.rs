@@ -45,6 +45,7 @@ pub(super) fn open(choices: &Choices, started: &Started) -> Record {
         meter: Meter { source: Maybe::missing("no_sensor") },
         cost_model: given(choices.cost_model.clone(), "no_price"),
         numerics: started.numerics.clone(),
+        ceilings: started.ceilings.clone(),
         cells: Vec::new(),
     }
 }
