@@ -233,7 +233,7 @@ impl Backend for Cpu {
         };
         BackendInfo {
             name: "cpu",
-            compute_dtype: compute_dtype,
+            compute_dtype,
             kv_dtype: "f32",
             threads: rayon::current_num_threads(),
             kernels: None,
