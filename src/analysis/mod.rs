@@ -1,11 +1,13 @@
 //! What records say, computed from them alone: rates, percentiles, shares of the device's ceilings, tokens per joule
 //! and per unit of money. Pure functions of files; nothing here touches the machine.
 
+mod anchors;
 mod cost;
 mod quantile;
 mod roofline;
 mod summary;
 
+pub use anchors::{Anchor, AnchorFile, Distance, Figure, Load, PowerScope, embedded_anchors, parse_anchors};
 pub use cost::{CellCost, parse_cost, read_cost_file};
 pub use quantile::Quantiles;
 pub use roofline::{Utilization, is_impossible, utilization, violations};

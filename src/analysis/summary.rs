@@ -3,6 +3,7 @@
 use serde::Serialize;
 
 use super::Quantiles;
+use super::anchors::{self, Distance};
 use super::cost::{self, CellCost, Work, cell_cost};
 use super::roofline::{self, Utilization};
 use crate::record::{Cell, Latency, LatencyHistogram, Maybe, Outcome, Record, Run, Steady, Workload};
@@ -98,6 +99,9 @@ pub struct CellSummary {
     pub tokens_per_money: Maybe<f64>,
     /// What tokens cost, in the record's currency.
     pub cost: Maybe<CellCost>,
+    /// How far published figures of such a cell lie.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub anchors: Vec<Distance>,
     pub flags: Vec<Flag>,
 }
 
@@ -137,6 +141,7 @@ fn summarize_cell(record: &Record, cell: &Cell) -> CellSummary {
     let throughput = throughput(cell);
     let cost = cost_of(record, cell);
     let utilization = roofline::utilization(record, cell);
+    let tokens_per_joule = tokens_per_joule(cell);
     CellSummary {
         key: cell.key.clone(),
         runs: cell.runs.len(),
@@ -145,7 +150,8 @@ fn summarize_cell(record: &Record, cell: &Cell) -> CellSummary {
         tpot: quantiles(|latency| &latency.tpot),
         e2e: quantiles(|latency| &latency.e2e),
         step: quantiles(|latency| &latency.step),
-        tokens_per_joule: tokens_per_joule(cell),
+        anchors: anchors::distances(record, cell, &throughput, &tokens_per_joule),
+        tokens_per_joule,
         tokens_per_money: tokens_per_money(cell, &cost),
         cost,
         throughput,

@@ -10,7 +10,7 @@ pub use table::table;
 
 use std::collections::BTreeSet;
 
-use crate::analysis::{CellSummary, Flag, Quantiles, Summary, TokenKind};
+use crate::analysis::{CellSummary, Distance, Figure, Flag, Quantiles, Summary, TokenKind};
 use crate::record::Maybe;
 use crate::units::{format_ns, format_significant};
 
@@ -100,6 +100,9 @@ fn notes(summary: &Summary) -> Vec<String> {
         }
     }
     for cell in cells {
+        notes.extend(cell.anchors.iter().map(|distance| format!("≈ {}: {}", cell.key, against(distance))));
+    }
+    for cell in cells {
         notes.extend(cell.flags.iter().map(|flag| format!("! {}: {}", cell.key, describe(flag))));
     }
     notes
@@ -122,6 +125,24 @@ fn explain(reason: &str) -> String {
         "needs_299_observations" => "p99 needs 299 observations".to_owned(),
         other => other.replace('_', " "),
     }
+}
+
+/// A published figure, ours, and the difference.
+fn against(distance: &Distance) -> String {
+    let unit = match distance.figure {
+        Figure::InputTokensPerS => "input tok/s",
+        Figure::OutputTokensPerS => "output tok/s",
+        Figure::OutputTokensPerSPerGpu => "output tok/s per GPU",
+        Figure::JoulesPerToken => "J/tok",
+    };
+    let percent = format!("{:+.0} %", distance.difference_ratio * 100.0).replace('-', "−");
+    let doubt = if distance.is_implausible() { "; more than 4 times apart, look for a mistake" } else { "" };
+    format!(
+        "anchor {}: {} {unit}, ours {}, {percent}{doubt}",
+        distance.anchor,
+        format_significant(distance.published),
+        format_significant(distance.ours)
+    )
 }
 
 fn describe(flag: &Flag) -> String {
