@@ -261,8 +261,7 @@ impl Load {
                 isl == i && osl == o
             }
             (Load::Chat { batch, .. }, Workload::ServeClosed { concurrency, .. }) => batch == concurrency,
-            (Load::Chat { batch, .. }, Workload::Generate { batch: b, .. })
-            | (Load::Chat { batch, .. }, Workload::Decode { batch: b, .. }) => batch == b,
+            (Load::Chat { batch, .. }, Workload::Decode { batch: b, .. }) => batch == b,
             (Load::Decode { batch, depth, .. }, Workload::Decode { batch: b, depth: d, .. }) => {
                 batch == b && depth == d
             }

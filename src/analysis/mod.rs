@@ -3,6 +3,7 @@
 
 mod anchors;
 mod cost;
+pub mod curves;
 mod quantile;
 mod roofline;
 mod summary;
