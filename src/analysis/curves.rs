@@ -1,8 +1,8 @@
 //! What a report draws, as points: where a cell stands on the axes, percentiles of a latency, speed per user, bytes and
 //! flops against the device's ceilings, power over time. Computes; draws nothing.
 
-use super::{CellSummary, utilization};
-use crate::record::{Cell, Energy, LatencyHistogram, Maybe, Record, Workload, merge_histograms};
+use super::CellSummary;
+use crate::record::{Energy, LatencyHistogram, Maybe, Record, Workload, merge_histograms};
 
 /// Kinds of cells in the order of a report.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -117,19 +117,18 @@ pub fn roof(record: &Record) -> Maybe<Roof> {
     }
 }
 
-/// Bytes and flops per second of a cell: its MBU and MFU times the ceilings that they are shares of.
-pub fn roofline_point(record: &Record, cell: &Cell) -> Maybe<RooflinePoint> {
+/// Bytes and flops per second of a cell of the record: its MBU and MFU times the ceilings that they are shares of.
+pub fn roofline_point(record: &Record, cell: &CellSummary) -> Maybe<RooflinePoint> {
     let roof = match roof(record) {
         Maybe::Value(roof) => roof,
         Maybe::Missing(missing) => return Maybe::Missing(missing),
     };
-    let shares = utilization(record, cell);
-    match (shares.mbu_share, shares.mfu_share) {
+    match (&cell.mbu_share, &cell.mfu_share) {
         (Maybe::Value(mbu), Maybe::Value(mfu)) => Maybe::Value(RooflinePoint {
             bytes_per_s: mbu * roof.bytes_per_s,
             flops_per_s: mfu * roof.flops_per_s,
         }),
-        (Maybe::Missing(missing), _) | (_, Maybe::Missing(missing)) => Maybe::Missing(missing),
+        (Maybe::Missing(missing), _) | (_, Maybe::Missing(missing)) => Maybe::Missing(missing.clone()),
     }
 }
 

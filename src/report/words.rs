@@ -102,3 +102,32 @@ pub fn consequence(flag: &str) -> &'static str {
         _ => "METHODOLOGY.md says what it means.",
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_reason_code_of_the_format_has_words() {
+        let format = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/FORMAT.md")).unwrap();
+        let table =
+            format.split("## Reason codes").nth(1).and_then(|rest| rest.split("\n## ").next()).unwrap();
+        let heads = table.lines().filter_map(|line| line.strip_prefix("| `")?.split(" | ").next());
+        let codes: Vec<&str> = heads
+            .flat_map(|head| head.split('`'))
+            .filter(|code| code.starts_with(|c: char| c.is_ascii_lowercase()))
+            .collect();
+        assert!(codes.len() > 30, "{codes:?}");
+        // A code with an ellipsis stands for many, which are shown as they are.
+        let bare = codes
+            .iter()
+            .filter(|code| !code.ends_with('…') && reason_in_words(code) == code.replace('_', " "));
+        assert_eq!(bare.collect::<Vec<_>>(), [&""; 0], "codes without words in src/report/words.rs");
+    }
+
+    #[test]
+    fn numbers_of_observations_and_unknown_codes_are_told_too() {
+        assert_eq!(reason_in_words("needs_29_observations"), "needs 29 observations");
+        assert_eq!(reason_in_words("a_code_of_tomorrow"), "a code of tomorrow");
+    }
+}
