@@ -50,6 +50,7 @@ fn a_run_on_the_emulated_device_is_marked_as_no_measurement() {
         (Build::Plain, "7"),
         (Build::Plain, "12"),
         (Build::Old, "forward"),
+        (Build::Sanitized, "reverse"),
     ] {
         let folder = tempfile::tempdir().unwrap();
         let out = folder.path().join("record.json");

@@ -84,7 +84,7 @@ fn every_operation_in_f16_agrees_with_the_reference() {
 fn a_wrong_kernel_fails_the_check_by_the_name_of_its_operation() {
     let Some((code, report)) = check(Build::WrongAttention, "bf16", &[]) else { return };
     assert_eq!((code, failed(&report["ops"], "op")), (1, vec!["attention".to_owned()]));
-    assert_eq!(failed(&report["forward"], "case").len(), report["forward"].as_array().unwrap().len());
+    assert!(!failed(&report["forward"], "case").is_empty(), "{report:#}");
 }
 
 #[test]
@@ -346,7 +346,7 @@ fn an_array_that_the_host_made_too_small_is_seen_by_the_address_sanitizer() {
     let text = stderr(&output);
     assert!(!output.status.success(), "nothing was noticed");
     assert!(text.contains("heap-buffer-overflow") && text.contains("rope.cu:"), "{text}");
-    on_a_device(Build::Sanitized, "on_the_device_graphs_and_single_launches", &[("EMU_ORDER", "7")]);
+    on_a_device(Build::Sanitized, "on_the_device_steps_without_waiting", &[("EMU_ORDER", "7")]);
     on_a_device(Build::Sanitized, "on_the_device_wrong_use", &[]);
 }
 

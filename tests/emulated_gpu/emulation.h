@@ -154,7 +154,7 @@ struct Fiber {
     Site at{"", 0};
     const char* what = "";
     std::vector<Copy> copies;          // issued, not landed
-    std::deque<size_t> groups;         // sizes of the committed groups, oldest first
+    std::vector<size_t> groups;        // sizes of the committed groups, oldest first
     size_t committed = 0;              // copies that belong to a group
 };
 struct Lane {
@@ -477,10 +477,9 @@ inline void copy_commit() {
 inline void copy_wait(unsigned pending) {
     Fiber& me = *current;
     size_t landed = 0;
-    while (me.groups.size() > pending) {
-        landed += me.groups.front();
-        me.groups.pop_front();
-    }
+    const size_t done = me.groups.size() - std::min<size_t>(pending, me.groups.size());
+    for (size_t i = 0; i < done; i++) landed += me.groups[i];
+    me.groups.erase(me.groups.begin(), me.groups.begin() + long(done));
     for (size_t i = 0; i < landed; i++) {
         const Copy& copy = me.copies[i];
         if (copy.bytes) memcpy(copy.to, copy.from, copy.bytes);
