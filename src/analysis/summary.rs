@@ -2,6 +2,7 @@
 
 use serde::Serialize;
 
+use super::energy::{self, CellEnergy};
 use super::{Quantiles, cost};
 use crate::record::{Cell, Latency, LatencyHistogram, Maybe, Outcome, Record, Run, Steady, Workload};
 
@@ -17,6 +18,8 @@ pub struct Summary {
     pub compute_dtype: String,
     pub synthetic_weights: bool,
     pub currency: Maybe<String>,
+    /// Which sensor energy comes from, and what is inside its reading: `nvml_total_energy, gpu`.
+    pub energy_from: Maybe<String>,
     pub started_at: String,
     pub not_a_measurement: Option<String>,
     pub cells: Vec<CellSummary>,
@@ -68,6 +71,10 @@ pub enum Flag {
         check: String,
         detail: String,
     },
+    /// The energy is shown, and must not decide a comparison.
+    EnergyInDoubt {
+        reasons: Vec<String>,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -80,7 +87,8 @@ pub struct CellSummary {
     pub tpot: Maybe<Quantiles>,
     pub e2e: Maybe<Quantiles>,
     pub step: Maybe<Quantiles>,
-    pub tokens_per_joule: Maybe<f64>,
+    #[serde(flatten)]
+    pub energy: CellEnergy,
     /// Tokens for one unit of the record's currency.
     pub tokens_per_money: Maybe<f64>,
     pub flags: Vec<Flag>,
@@ -108,10 +116,16 @@ pub fn summarize(record: &Record) -> Summary {
             Maybe::Value(model) => Maybe::Value(model.currency.clone()),
             Maybe::Missing(missing) => Maybe::missing(missing.missing.clone()),
         },
+        energy_from: energy_from(record),
         started_at: record.started_at.clone(),
         not_a_measurement: record.not_a_measurement.clone(),
         cells: record.cells.iter().map(|cell| summarize_cell(record, cell)).collect(),
     }
+}
+
+fn energy_from(record: &Record) -> Maybe<String> {
+    let scope = record.meter.scope.value().map_or("scope unknown", String::as_str);
+    record.meter.source.as_ref().map(|source| format!("{source}, {scope}"))
 }
 
 fn summarize_cell(record: &Record, cell: &Cell) -> CellSummary {
@@ -127,7 +141,7 @@ fn summarize_cell(record: &Record, cell: &Cell) -> CellSummary {
         tpot: quantiles(|latency| &latency.tpot),
         e2e: quantiles(|latency| &latency.e2e),
         step: quantiles(|latency| &latency.step),
-        tokens_per_joule: tokens_per_joule(cell),
+        energy: energy::of_cell(record, cell, headline(&cell.workload)),
         tokens_per_money: tokens_per_money(record, cell, &throughput),
         throughput,
         flags: flags(cell),
@@ -185,23 +199,6 @@ fn spread(rates: &[f64], center: f64) -> Maybe<f64> {
     Maybe::Value((high - low) / 2.0 / center)
 }
 
-/// Headline tokens over joules, when every window has both.
-fn tokens_per_joule(cell: &Cell) -> Maybe<f64> {
-    let kind = headline(&cell.workload);
-    let (mut tokens, mut energy_j) = (0.0, 0.0);
-    for window in cell.runs.iter().flat_map(|run| &run.windows) {
-        match &window.energy {
-            Maybe::Value(energy) => energy_j += energy.energy_j,
-            Maybe::Missing(missing) => return Maybe::missing(missing.missing.clone()),
-        }
-        tokens += match kind {
-            TokenKind::Input => window.tokens_in as f64,
-            TokenKind::Output => window.tokens_out as f64,
-        };
-    }
-    if energy_j > 0.0 { Maybe::Value(tokens / energy_j) } else { Maybe::missing("no_run") }
-}
-
 fn tokens_per_money(record: &Record, cell: &Cell, throughput: &Maybe<Throughput>) -> Maybe<f64> {
     let model = match &record.cost_model {
         Maybe::Value(model) => model,
@@ -234,6 +231,10 @@ fn flags(cell: &Cell) -> Vec<Flag> {
     let requests = drains.fold(0u64, |sum, drain| sum.saturating_add(drain.unfinished));
     if requests > 0 {
         flags.push(Flag::Unfinished { requests });
+    }
+    let reasons = energy::doubts(cell);
+    if !reasons.is_empty() {
+        flags.push(Flag::EnergyInDoubt { reasons });
     }
     let failed = cell.runs.iter().flat_map(|run| &run.checks).filter(|check| !check.ok);
     flags.extend(

@@ -36,7 +36,9 @@ fn clocks(states: &[State]) -> Result<Clocks, Reason> {
     Ok(Clocks {
         sm_mean_mhz: sm.iter().sum::<f64>() / sm.len() as f64,
         sm_min_mhz: sm.iter().copied().fold(f64::MAX, f64::min),
-        memory_mhz: all(states, |state| state.memory_mhz.clone().map(f64::from)).map(|memory| memory[0]).into(),
+        memory_mhz: all(states, |state| state.memory_mhz.clone().map(f64::from))
+            .map(|memory| memory[0])
+            .into(),
     })
 }
 

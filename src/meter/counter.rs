@@ -97,8 +97,7 @@ fn best<'a>(
     distance: impl Fn(&Update) -> u64,
     edge_ns: u64,
 ) -> Option<Update> {
-    let score =
-        |update: &Update| update.half_width_ns() as f64 * NARROW_OVER_NEAR + distance(update) as f64;
+    let score = |update: &Update| update.half_width_ns() as f64 * NARROW_OVER_NEAR + distance(update) as f64;
     updates
         .enumerate()
         .take_while(|(index, update)| *index < EDGE_UPDATES || distance(update) <= edge_ns)

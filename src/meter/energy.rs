@@ -10,8 +10,8 @@ use crate::record::{DeviceEnergy, Energy, Maybe, identities};
 
 /// Counter and integrated power may differ by this much before the energy is in doubt.
 const AGREEMENT: f64 = 0.05;
-/// Fewer updates than this in a window put its energy in doubt.
-const FEWEST_UPDATES: u64 = 100;
+/// Fewer updates than this in a window put its energy in doubt: a hundred, less what a measured period is off by.
+const FEWEST_UPDATES: u64 = 95;
 /// A window must hold this many gaps between readings of power.
 const FEWEST_READINGS: u64 = 10;
 /// The update period may be this many times larger or smaller than it was before the first cell.
@@ -95,24 +95,14 @@ pub fn mean_power(
     if power_w > 0.0 { Ok((power_w, uncertainty_w)) } else { Err("no_reading".to_owned()) }
 }
 
-fn part(
-    info: &SensorInfo,
-    device: usize,
-    series: &Series,
-    window: &Measured<'_>,
-) -> Result<Part, Reason> {
+fn part(info: &SensorInfo, device: usize, series: &Series, window: &Measured<'_>) -> Result<Part, Reason> {
     match info.quantity {
         Quantity::Power => integrated(info, device, series, window),
         Quantity::TickingCounter | Quantity::FreshCounter { .. } => counted(info, device, series, window),
     }
 }
 
-fn counted(
-    info: &SensorInfo,
-    device: usize,
-    series: &Series,
-    window: &Measured<'_>,
-) -> Result<Part, Reason> {
+fn counted(info: &SensorInfo, device: usize, series: &Series, window: &Measured<'_>) -> Result<Part, Reason> {
     let readings = series.counter.as_ref().map_err(Reason::clone)?;
     let updates = match info.quantity {
         Quantity::FreshCounter { age_ns } => counter::fresh(readings, age_ns),

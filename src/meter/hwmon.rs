@@ -31,7 +31,8 @@ impl Hwmon {
     /// # Errors
     /// `no_hwmon_power`, or why a sensor could not be read.
     pub fn open(class: &Path) -> Result<Self, Absent> {
-        let found: Vec<Socket> = sysfs::entries(class, "hwmon").iter().filter_map(|hwmon| socket(hwmon)).collect();
+        let found: Vec<Socket> =
+            sysfs::entries(class, "hwmon").iter().filter_map(|hwmon| socket(hwmon)).collect();
         for (prefix, scope) in KINDS {
             let sockets: Vec<Socket> = found
                 .iter()
@@ -50,14 +51,19 @@ impl Hwmon {
             }
             return Ok(hwmon);
         }
-        Err(Absent::new("no_hwmon_power", format!("no power sensor of a Grace socket in {}", class.display())))
+        Err(Absent::new(
+            "no_hwmon_power",
+            format!("no power sensor of a Grace socket in {}", class.display()),
+        ))
     }
 
     pub fn sensor(self) -> Sampled {
         let device = |socket: &Socket| MeteredDevice {
             device: socket.name.clone(),
             update_period_ns: Maybe::missing("no_counter"),
-            power_limit_w: sysfs::number(&socket.folder.join("power1_cap")).map(|cap_uw| cap_uw as f64 / 1e6).into(),
+            power_limit_w: sysfs::number(&socket.folder.join("power1_cap"))
+                .map(|cap_uw| cap_uw as f64 / 1e6)
+                .into(),
             shared: Maybe::missing("not_known"),
         };
         let info = SensorInfo {

@@ -25,8 +25,11 @@ pub struct Integral {
 /// `no_power_reading` when none lies inside, `power_is_zero` when all that do are zero.
 pub fn integrate(readings: &[PowerReading], from_ns: u64, to_ns: u64) -> Result<Integral, &'static str> {
     let inside = |reading: &PowerReading| from_ns <= reading.at_ns && reading.at_ns <= to_ns;
-    let usable: Vec<PowerReading> =
-        readings.iter().copied().filter(|reading| reading.power_w.is_finite() && reading.power_w > 0.0).collect();
+    let usable: Vec<PowerReading> = readings
+        .iter()
+        .copied()
+        .filter(|reading| reading.power_w.is_finite() && reading.power_w > 0.0)
+        .collect();
     let none = if readings.iter().any(inside) { "power_is_zero" } else { "no_power_reading" };
     over(&usable, from_ns, to_ns).ok_or(none)
 }

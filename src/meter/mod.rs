@@ -26,7 +26,7 @@ pub use energy::{Measured, assess, mean_power};
 pub use hwmon::Hwmon;
 pub use power_meter::{Choice, PowerMeter, Subject};
 pub use progress::{Piece, tokens_between};
-pub use rapl::Rapl;
+pub use rapl::{Rapl, remedy as rapl_remedy};
 pub use sampler::{Gauge, Sampled, Sampler, measure_period};
 pub use samples::{CounterReading, PowerReading, Reason, Samples, Series, State};
 pub use trace::TraceFile;

@@ -67,7 +67,9 @@ impl PowerMeter {
         let rapl = || Rapl::open(&sys.join("class/powercap")).map(boxed_rapl);
         let hwmon = || Hwmon::open(&sys.join("class/hwmon")).map(boxed_hwmon);
         let sensor = match (choice, subject) {
-            (Choice::None, _) => Err(Absent::new("not_asked", "no power sensor was asked for (--power none)")),
+            (Choice::None, _) => {
+                Err(Absent::new("not_asked", "no power sensor was asked for (--power none)"))
+            }
             (Choice::Replay(file), _) => Ok(Box::new(TraceFile::replay(file)?) as Box<dyn PowerSensor>),
             (Choice::Csv(file), _) => Ok(Box::new(TraceFile::external(file)?) as Box<dyn PowerSensor>),
             (_, Subject::Script) => Err(Absent::new("no_sensor", "a scripted engine draws no power")
@@ -77,9 +79,9 @@ impl PowerMeter {
                 Err(Absent::new("not_a_gpu", "NVML measures GPUs, and the device is the CPU")
                     .with_remedy("--power rapl, or --device cuda:0"))
             }
-            (Choice::Auto, Subject::Cpu) => {
-                rapl().or_else(|absent| if absent.reason == "no_powercap" { hwmon().map_err(|_| absent) } else { Err(absent) })
-            }
+            (Choice::Auto, Subject::Cpu) => rapl().or_else(|absent| {
+                if absent.reason == "no_powercap" { hwmon().map_err(|_| absent) } else { Err(absent) }
+            }),
             (Choice::Rapl, _) => rapl(),
             (Choice::Hwmon, _) => hwmon(),
         };
@@ -129,7 +131,9 @@ impl PowerMeter {
     pub fn collect(&mut self, clock: &Clock, window: &Measured<'_>) -> (Maybe<Energy>, Conditions) {
         let (sensor, info) = match (&mut self.sensor, &self.info) {
             (Ok(sensor), Some(info)) => (sensor, info),
-            (Err(absent), _) => return (Maybe::missing(&*absent.reason), Conditions::missing(&absent.reason)),
+            (Err(absent), _) => {
+                return (Maybe::missing(&*absent.reason), Conditions::missing(&absent.reason));
+            }
             (Ok(_), None) => return (Maybe::missing("no_sensor"), Conditions::missing("no_sensor")),
         };
         let samples = sensor.collect(clock, (window.t0_ns, window.t1_ns));
@@ -166,7 +170,8 @@ impl PowerMeter {
         sensor.end();
         let samples = sensor.collect(clock, (t0_ns, t1_ns));
         let idle = mean_power(info, &samples, t0_ns, t1_ns);
-        idle.map(|(power_w, uncertainty_w)| IdlePower { power_w, uncertainty_w, duration_ns: t1_ns - t0_ns }).into()
+        idle.map(|(power_w, uncertainty_w)| IdlePower { power_w, uncertainty_w, duration_ns: t1_ns - t0_ns })
+            .into()
     }
 
     /// What the record says of the sensor.
@@ -207,4 +212,3 @@ fn boxed_rapl(rapl: Rapl) -> Box<dyn PowerSensor> {
 fn boxed_hwmon(hwmon: Hwmon) -> Box<dyn PowerSensor> {
     Box::new(hwmon.sensor())
 }
-

@@ -38,9 +38,7 @@ pub fn probe(gauge: &mut dyn Gauge, clock: &Clock, info: &SensorInfo, device: us
     let stuck = || "counter_stuck".to_owned();
     let (whole, halves) = (watch(gauge, clock, info, device), watch_halves(gauge, clock, info, device));
     Probe {
-        update_period_ns: updates
-            .clone()
-            .and_then(|updates| counter::period_ns(&updates).ok_or_else(stuck)),
+        update_period_ns: updates.clone().and_then(|updates| counter::period_ns(&updates).ok_or_else(stuck)),
         resolution_uj: updates.and_then(|updates| counter::resolution_uj(&updates).ok_or_else(stuck)),
         call_ns: polled.and_then(|readings| call_ns(&readings).ok_or_else(stuck)),
         counter_over_power: whole.clone().and_then(|(energy_j, integral_j)| Ok(energy_j / integral_j?)),
@@ -162,7 +160,7 @@ mod tests {
 
     #[test]
     fn calls_are_summed_up_by_median_and_tail() {
-        let reading = |call_ns| CounterReading { before_ns: 100, after_ns: 100 + call_ns, energy_uj: 0 };
+        let reading = |call_ns: u64| CounterReading { before_ns: 100, after_ns: 100 + call_ns, energy_uj: 0 };
         let calls: Vec<_> = (1..=100).map(reading).collect();
         assert_eq!(call_ns(&calls), Some((51, 100)));
         assert_eq!(call_ns(&[]), None);

@@ -90,9 +90,15 @@ impl<'a> Sampler<'a> {
     /// Waits until something is due and reads it. `false` when nothing will be due any more.
     pub fn turn(&mut self) -> bool {
         let due = |(device, track): (usize, &Track)| {
-            [track.counter_ns, track.power_ns, track.state_ns].into_iter().flatten().min().map(|at| (at, device))
+            [track.counter_ns, track.power_ns, track.state_ns]
+                .into_iter()
+                .flatten()
+                .min()
+                .map(|at| (at, device))
         };
-        let Some((at_ns, device)) = self.tracks.iter().enumerate().filter_map(due).min() else { return false };
+        let Some((at_ns, device)) = self.tracks.iter().enumerate().filter_map(due).min() else {
+            return false;
+        };
         self.clock.sleep_until_ns(at_ns);
         let track = &self.tracks[device];
         if track.counter_ns == Some(at_ns) {

@@ -8,8 +8,8 @@ use anyhow::{Context as _, bail, ensure};
 use sha2::{Digest as _, Sha256};
 
 use super::integral::integrate;
-use super::samples::{PowerReading, Reason, Samples, Series};
 use super::sampler::{has_stepped, wall_offset_ns};
+use super::samples::{PowerReading, Reason, Samples, Series};
 use super::{PowerSensor, Quantity, SensorInfo};
 use crate::clock::Clock;
 use crate::record::{FileRecord, Maybe, MeteredDevice, hex};
@@ -96,7 +96,8 @@ impl TraceFile {
         }
         let needed = &self.readings[first - 1..=last];
         let on_clock = |at_ns: u64| u64::try_from(i128::from(at_ns) - offset_ns).unwrap_or(0);
-        let reading = |(at_ns, power_w): &(u64, f64)| PowerReading { at_ns: on_clock(*at_ns), power_w: *power_w };
+        let reading =
+            |(at_ns, power_w): &(u64, f64)| PowerReading { at_ns: on_clock(*at_ns), power_w: *power_w };
         Ok(needed.iter().map(reading).collect())
     }
 }
@@ -139,7 +140,8 @@ fn parse(text: &str, is_external: bool) -> anyhow::Result<Vec<(u64, f64)>> {
         let expected = || format!("line {place} is '{line}', expected seconds and watts such as 1.25,431.5");
         let (time, watts) = line.split_once(',').with_context(expected)?;
         let at_ns = nanos(time.trim()).with_context(expected)?;
-        let power_w: f64 = watts.trim().parse().ok().filter(|w: &f64| w.is_finite()).with_context(expected)?;
+        let power_w: f64 =
+            watts.trim().parse().ok().filter(|w: &f64| w.is_finite()).with_context(expected)?;
         if !(0.0..=1e8).contains(&power_w) {
             bail!("line {place} says {power_w} W, expected 0 to 100000000");
         }
@@ -261,7 +263,10 @@ mod tests {
     #[test]
     fn a_unix_time_keeps_its_nanoseconds() {
         assert_eq!(nanos("1795392000.123456789"), Some(1_795_392_000_123_456_789));
-        assert_eq!((nanos("7"), nanos("7.5"), nanos("-1"), nanos("")), (Some(7 * S), Some(7 * S + S / 2), None, None));
+        assert_eq!(
+            (nanos("7"), nanos("7.5"), nanos("-1"), nanos("")),
+            (Some(7 * S), Some(7 * S + S / 2), None, None)
+        );
     }
 
     #[test]
@@ -270,16 +275,24 @@ mod tests {
         let zero_s = clock.unix_ns() / 1_000_000_000;
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("wall.csv");
-        let lines: String = (0..40).map(|k| format!("{},{}\n", zero_s + k, if k < 20 { 100 } else { 300 })).collect();
+        let lines: String =
+            (0..40).map(|k| format!("{},{}\n", zero_s + k, if k < 20 { 100 } else { 300 })).collect();
         std::fs::write(&path, format!("t_unix_s,watts\n{lines}")).unwrap();
         let mut file = TraceFile::external(&path).unwrap();
         file.begin(&clock);
         let energy = |file: &mut TraceFile, from_s: u64, to_s: u64| {
             let samples = file.collect(&clock, (from_s * S, to_s * S));
-            samples.series[0].power.clone().map(|power| integrate(&power, from_s * S, to_s * S).unwrap().energy_j)
+            samples.series[0]
+                .power
+                .clone()
+                .map(|power| integrate(&power, from_s * S, to_s * S).unwrap().energy_j)
         };
         assert_eq!(energy(&mut file, 5, 15), Ok(1000.0));
         assert_eq!(energy(&mut file, 25, 35), Ok(3000.0));
-        assert_eq!(energy(&mut file, 25, 45), Err("trace_ends_early".to_owned()), "after waiting for the meter");
+        assert_eq!(
+            energy(&mut file, 25, 45),
+            Err("trace_ends_early".to_owned()),
+            "after waiting for the meter"
+        );
     }
 }

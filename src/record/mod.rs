@@ -19,8 +19,8 @@ use serde::{Deserialize, Serialize};
 use machine::{Interference, Machine};
 
 pub use cell::{
-    Cell, Check, ClockEvents, Clocks, DeviceEnergy, Drain, Energy, Outcome, RequestRow, Run, Steady, Temperature,
-    Warmup, Window, WindowEnd, Workload,
+    Cell, Check, ClockEvents, Clocks, DeviceEnergy, Drain, Energy, Outcome, RequestRow, Run, Steady,
+    Temperature, Warmup, Window, WindowEnd, Workload,
 };
 pub use histogram::{Latency, LatencyHistogram, merge as merge_histograms};
 pub use maybe::{Maybe, Missing};

@@ -73,12 +73,12 @@ fn machine(record: &Record) -> String {
 
 /// The table and its notes.
 pub fn section(summary: &Summary) -> String {
-    let titles = titles(&summary.currency);
+    let titles = titles(summary);
     let mut text = format!("| {} |\n|---|{}\n", titles.join(" | "), "--:|".repeat(titles.len() - 1));
     for cell in &summary.cells {
-        text.push_str(&format!("| {} |\n", row(cell).join(" | ")));
+        text.push_str(&format!("| {} |\n", row(summary, cell).join(" | ")));
     }
-    let notes = notes(&summary.cells);
+    let notes = notes(summary);
     if !notes.is_empty() {
         text.push('\n');
     }

@@ -67,7 +67,8 @@ impl Library {
             return Self::open(&path);
         }
         let found = library::search(Path::new("/"), &variable);
-        let file = found.iter().find(|file| file.library == "libnvidia-ml.so").map(|file| file.path.as_os_str());
+        let file =
+            found.iter().find(|file| file.library == "libnvidia-ml.so").map(|file| file.path.as_os_str());
         Self::open(file.unwrap_or_else(|| OsStr::new("libnvidia-ml.so.1")))
     }
 
@@ -98,7 +99,8 @@ impl Library {
     /// # Errors
     /// The library's own.
     pub fn all(&self) -> Result<Vec<GpuId>, Absent> {
-        let count = self.nvml.device_count().map_err(|error| absent("the number of GPUs", &raw::reason(&error)))?;
+        let count =
+            self.nvml.device_count().map_err(|error| absent("the number of GPUs", &raw::reason(&error)))?;
         let gpu = |index: u32| {
             let uuid = self.nvml.device_by_index(index).and_then(|device| device.uuid());
             let uuid = uuid.map_err(|error| absent(&format!("gpu:{index}"), &raw::reason(&error)))?;
@@ -132,7 +134,8 @@ impl Library {
         let gpus_found = gpus.iter().map(gpu).collect::<Result<Vec<Gpu>, Absent>>()?;
         let mut gauge = NvmlGauge { gpus: gpus_found };
         let kind = gauge.kind(gpus)?;
-        let devices = gpus.iter().enumerate().map(|(index, id)| gauge.describe(index, id, kind, clock)).collect();
+        let devices =
+            gpus.iter().enumerate().map(|(index, id)| gauge.describe(index, id, kind, clock)).collect();
         gauge.keep_scope(kind);
         let info = SensorInfo {
             source: kind.source(),
@@ -161,8 +164,12 @@ fn remedy(reason: &str) -> Option<&'static str> {
         "no_nvml" => Some("install the NVIDIA driver; in a container, start it with --gpus all"),
         "driver_not_loaded" => Some("sudo modprobe nvidia"),
         "no_permission" => Some("add this user to the group of /dev/nvidiactl, or run as root"),
-        "driver_library_mismatch" => Some("reboot: the driver was updated and its kernel module was not loaded anew"),
-        "not_supported" => Some("ask the administrator: virtual GPUs often hide power; --power csv:FILE takes an external meter"),
+        "driver_library_mismatch" => {
+            Some("reboot: the driver was updated and its kernel module was not loaded anew")
+        }
+        "not_supported" => Some(
+            "ask the administrator: virtual GPUs often hide power; --power csv:FILE takes an external meter",
+        ),
         "gpu_is_lost" | "gpu_needs_reset" => Some("sudo nvidia-smi --gpu-reset, or reboot"),
         _ => None,
     }
@@ -225,7 +232,11 @@ impl Gpu {
         let withdrawn = || self.device.temperature(TemperatureSensor::Gpu).map(|c| c as i32);
         let temperature_c =
             raw::temperature_c(&self.device).or_else(|_| withdrawn().map_err(|error| raw::reason(&error)))?;
-        if POSSIBLE_C.contains(&temperature_c) { Ok(f64::from(temperature_c)) } else { Err("implausible".to_owned()) }
+        if POSSIBLE_C.contains(&temperature_c) {
+            Ok(f64::from(temperature_c))
+        } else {
+            Err("implausible".to_owned())
+        }
     }
 
     /// Partitioned, or with a process on it; asked before this one opens the device.
