@@ -148,7 +148,7 @@ fn curves() -> Vec<Curve> {
         ("constant:431", Box::new(|_| 431.0)),
         ("ramp:250,550,15", Box::new(|t| 250.0 + 300.0 * t / 15.0)),
         ("sine:400,120,0.83", Box::new(|t: f64| 400.0 + 120.0 * (std::f64::consts::TAU * t / 0.83).sin())),
-        ("square:180,620,1.7,0.5,0", Box::new(square(180.0, 620.0, 1.7, 0.5))),
+        ("square:300,500,1.73,0.5,0", Box::new(square(300.0, 500.0, 1.73, 0.5))),
         ("square:150,650,0.1,0.5,0", Box::new(square(150.0, 650.0, 0.1, 0.5))),
     ]
 }
@@ -185,7 +185,7 @@ fn energy_between_updates_is_that_of_the_curve_and_the_half_width_covers_the_err
         }
     }
     assert_eq!(cases, 5 * 4 * 4);
-    println!("worst error {:.5} at up to 5 ms, {:.5} at 10 ms", worst[0], worst[1]);
+    assert!(worst[0] < worst[1], "slower calls blur the updates more: {worst:?}");
 }
 
 #[test]
@@ -683,17 +683,18 @@ fn energy_of(record: &mut Record) -> &mut Energy {
     }
 }
 
-const CONTRADICTIONS: [Contradiction; 7] = [
+const CONTRADICTIONS: [Contradiction; 8] = [
     ("is not inside its window", |record| {
         energy_of(record).t_b_ns += 1_000_000;
         energy_of(record).devices[0].t_b_ns += 1_000_000;
     }),
-    ("expected its devices' 250.000 W", |record| {
-        let energy = energy_of(record);
-        (energy.energy_j, energy.tokens_out) = (energy.energy_j * 1.01, energy.tokens_out * 1.01);
-    }),
+    ("expected its devices' 247.500 W", |record| energy_of(record).devices[0].energy_j *= 0.99),
     ("times tokens per second is", |record| energy_of(record).tokens_out *= 1.006),
     ("times tokens per second is", |record| energy_of(record).tokens_out = 0.0),
+    ("expected the doubt counter_and_power_disagree", |record| {
+        let device = &mut energy_of(record).devices[0];
+        device.integral_j = Maybe::Value(device.energy_j / 1.06);
+    }),
     ("energy without a meter", |record| record.meter.source = Maybe::missing("no_sensor")),
     ("expected at most 1.05 of the limit of 230.0 W", |record| {
         if let Maybe::Value(devices) = &mut record.meter.devices {

@@ -8,8 +8,6 @@ use super::samples::{Reason, Samples, Series};
 use super::{Quantity, SensorInfo};
 use crate::record::{DeviceEnergy, Energy, Maybe, identities};
 
-/// Counter and integrated power may differ by this much before the energy is in doubt.
-const AGREEMENT: f64 = 0.05;
 /// Fewer updates than this in a window put its energy in doubt: a hundred, less what a measured period is off by.
 const FEWEST_UPDATES: u64 = 95;
 /// A window must hold this many gaps between readings of power.
@@ -213,15 +211,11 @@ fn doubts(info: &SensorInfo, samples: &Samples, parts: &[Part], window: &Measure
     let is_power = matches!(info.quantity, Quantity::Power);
     let few_readings = is_power && parts.iter().any(|part| part.record.readings < FEWEST_READINGS);
     doubt(span_ns < info.shortest_window_ns || few_updates || few_readings, "short_window");
-    doubt(parts.iter().any(|part| disagrees(&part.record)), "counter_and_power_disagree");
+    doubt(parts.iter().any(|part| identities::disagrees(&part.record)), identities::DISAGREEMENT);
     doubt(info.devices.iter().any(|device| device.shared.value() == Some(&true)), "device_shared");
     doubt(info.source.starts_with("nvml") && is_power, "power_integrated_only");
     doubt(samples.clock_stepped, "clock_stepped");
     doubts
-}
-
-fn disagrees(device: &DeviceEnergy) -> bool {
-    device.integral_j.value().is_some_and(|integral_j| (device.energy_j / integral_j - 1.0).abs() > AGREEMENT)
 }
 
 /// The identities of a window's energy.

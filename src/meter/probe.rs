@@ -57,23 +57,31 @@ pub fn call_ns(readings: &[CounterReading]) -> Option<(u64, u64)> {
 /// Energy by the counter and by integrated power over the same interval.
 type Both = (f64, Result<f64, Reason>);
 
+/// What one device gave, and between which times.
+struct Watched {
+    updates: Vec<Update>,
+    power: Vec<PowerReading>,
+    t0_ns: u64,
+    t1_ns: u64,
+}
+
 fn sampled(
     gauge: &mut dyn Gauge,
     clock: &Clock,
     info: &SensorInfo,
     device: usize,
-) -> Result<(Vec<Update>, Vec<PowerReading>, (u64, u64)), Reason> {
+) -> Result<Watched, Reason> {
     let t0_ns = clock.now_ns();
     let mut sampler = Sampler::new(gauge, clock, info);
     while clock.now_ns() < t0_ns + WATCH_NS && sampler.turn() {}
     let mut series = sampler.finish();
     let series = series.swap_remove(device);
     let updates = counter::updates(&series.counter?)?;
-    Ok((updates, series.power.unwrap_or_default(), (t0_ns, clock.now_ns())))
+    Ok(Watched { updates, power: series.power.unwrap_or_default(), t0_ns, t1_ns: clock.now_ns() })
 }
 
 fn watch(gauge: &mut dyn Gauge, clock: &Clock, info: &SensorInfo, device: usize) -> Result<Both, Reason> {
-    let (updates, power, (t0_ns, t1_ns)) = sampled(gauge, clock, info, device)?;
+    let Watched { updates, power, t0_ns, t1_ns } = sampled(gauge, clock, info, device)?;
     let (a, b) = counter::edges(&updates, t0_ns, t1_ns)?;
     let integral = integrate(&power, a.mid_ns(), b.mid_ns());
     let integral_j = integral.map(|integral| integral.energy_j).map_err(str::to_owned);
@@ -87,7 +95,7 @@ fn watch_halves(
     info: &SensorInfo,
     device: usize,
 ) -> Result<f64, Reason> {
-    let (updates, _, (t0_ns, t1_ns)) = sampled(gauge, clock, info, device)?;
+    let Watched { updates, t0_ns, t1_ns, .. } = sampled(gauge, clock, info, device)?;
     let middle_ns = t0_ns + (t1_ns - t0_ns) / 2;
     let energy_j = |from_ns, to_ns| -> Result<f64, Reason> {
         let (a, b) = counter::edges(&updates, from_ns, to_ns)?;

@@ -285,9 +285,23 @@ impl Sampled {
         Sampled { info, gauge: Some(gauge), running: None, stop, offset_ns: 0 }
     }
 
+    /// Ends the thread, if one runs, and takes the gauge back.
+    fn join(&mut self) -> Option<(Vec<Series>, Maybe<u64>)> {
+        self.stop.store(true, Ordering::Relaxed);
+        let (gauge, series, cpu_ns) = self.running.take()?.join().ok()?;
+        self.gauge = Some(gauge);
+        Some((series, cpu_ns))
+    }
+
     fn failed(&self, reason: &str) -> Samples {
         let series = self.info.devices.iter().map(|_| Series::failed(reason)).collect();
         Samples { series, sampler_cpu_ns: Maybe::missing(reason), clock_stepped: false }
+    }
+}
+
+impl Drop for Sampled {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
     }
 }
 
@@ -299,6 +313,8 @@ impl PowerSensor for Sampled {
     /// On a scripted clock nothing is read: a machine's power means nothing there.
     fn begin(&mut self, clock: &Clock) {
         self.offset_ns = wall_offset_ns(clock);
+        // A window that broke off was never collected.
+        self.join();
         let Clock::Monotonic { .. } = clock else { return };
         let Some(gauge) = self.gauge.take() else { return };
         self.stop = Arc::new(AtomicBool::new(false));
@@ -315,11 +331,7 @@ impl PowerSensor for Sampled {
         if matches!(clock, Clock::Scripted(_)) {
             return self.failed("scripted_clock");
         }
-        self.end();
-        let Some(Ok((gauge, series, sampler_cpu_ns))) = self.running.take().map(JoinHandle::join) else {
-            return self.failed("sampler_failed");
-        };
-        self.gauge = Some(gauge);
+        let Some((series, sampler_cpu_ns)) = self.join() else { return self.failed("sampler_failed") };
         let clock_stepped = has_stepped(self.offset_ns, clock);
         Samples { series, sampler_cpu_ns, clock_stepped }
     }

@@ -3,7 +3,7 @@
 use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 
-use super::identities::{LIMIT_MARGIN, POWER_AGREEMENT, power_from_tokens};
+use super::identities::{DISAGREEMENT, LIMIT_MARGIN, POWER_AGREEMENT, disagrees, power_from_tokens};
 use super::{Cell, Energy, LatencyHistogram, Maybe, Meter, Outcome, Record, RequestRow, Run, Status, Window};
 
 /// One identity that does not hold.
@@ -191,6 +191,10 @@ fn check_energy(meter: &Meter, window: &Window, place: &str, found: &mut Vec<Vio
     let devices_w = power_of_devices(energy);
     require(found, place, agree(devices_w, power_w, POWER_AGREEMENT), || {
         format!("power is {power_w:.3} W, expected its devices' {devices_w:.3} W")
+    });
+    let is_doubted = energy.doubts.iter().any(|doubt| doubt == DISAGREEMENT);
+    require(found, place, is_doubted || !energy.devices.iter().any(disagrees), || {
+        format!("counter and power readings differ by more than 5 %, expected the doubt {DISAGREEMENT}")
     });
     if let Some(limit_w) = limit_w(meter) {
         require(found, place, power_w <= LIMIT_MARGIN * limit_w, || {

@@ -116,6 +116,7 @@ fn explain(reason: &str) -> String {
     match reason {
         "no_sensor" => "no power sensor".to_owned(),
         "not_asked" => "no power sensor asked for (--power)".to_owned(),
+        "no_nvml" => "no NVML library".to_owned(),
         "no_powercap" => "no power sensor of the CPU".to_owned(),
         "rapl_permission" => "no permission to read the CPU's energy (tokmeter doctor says how)".to_owned(),
         "no_price" => "no price given (--price-per-gpu-hour)".to_owned(),

@@ -93,7 +93,7 @@ fn number(value: &nvmlFieldValue_t) -> Option<u64> {
     unsafe {
         match value.valueType {
             UNSIGNED_INT => Some(u64::from(value.value.uiVal)),
-            UNSIGNED_LONG => Some(value.value.ulVal as u64),
+            UNSIGNED_LONG => Some(value.value.ulVal),
             UNSIGNED_LONG_LONG => Some(value.value.ullVal),
             SIGNED_INT => u64::try_from(value.value.siVal).ok(),
             SIGNED_LONG_LONG => u64::try_from(value.value.sllVal).ok(),
