@@ -7,6 +7,7 @@
 mod absent;
 mod conditions;
 pub mod counter;
+mod cpu_time;
 mod energy;
 mod hwmon;
 pub mod integral;

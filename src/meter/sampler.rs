@@ -6,9 +6,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
-use super::counter;
 use super::samples::{CounterReading, PowerReading, Reason, Samples, Series, State};
 use super::{PowerSensor, Quantity, SensorInfo};
+use super::{counter, cpu_time};
 use crate::clock::Clock;
 use crate::record::Maybe;
 
@@ -338,20 +338,12 @@ impl PowerSensor for Sampled {
 }
 
 fn sample(mut gauge: Box<dyn Gauge>, clock: &Clock, info: &SensorInfo, stop: &AtomicBool) -> Returned {
-    let begin_ns = own_cpu_ns();
+    let begin_ns = cpu_time::of_this_thread_ns();
     let mut sampler = Sampler::new(gauge.as_mut(), clock, info);
     while !stop.load(Ordering::Relaxed) && sampler.turn() {}
     let series = sampler.finish();
-    let cpu_ns = begin_ns.and_then(|begin_ns| Ok(own_cpu_ns()?.saturating_sub(begin_ns)));
+    let cpu_ns = begin_ns.and_then(|begin_ns| Ok(cpu_time::of_this_thread_ns()?.saturating_sub(begin_ns)));
     (gauge, series, cpu_ns.into())
-}
-
-/// CPU time of the calling thread, from the scheduler's own account.
-fn own_cpu_ns() -> Result<u64, &'static str> {
-    let text = super::sysfs::text("/proc/thread-self/schedstat".as_ref())?;
-    let cpu_ns = text.split_whitespace().next().and_then(|word| word.parse().ok()).ok_or("malformed")?;
-    // A kernel that keeps no account says zero.
-    if cpu_ns == 0 { Err("not_counted") } else { Ok(cpu_ns) }
 }
 
 /// Wall time minus the clock's own, ns.

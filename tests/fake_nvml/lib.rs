@@ -190,6 +190,10 @@ pub unsafe extern "C" fn nvmlDeviceGetHandleByIndex_v2(index: c_uint, device: *m
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nvmlDeviceGetHandleByUUID(uuid: *const c_char, device: *mut *mut c_void) -> c_int {
     let uuid = unsafe { CStr::from_ptr(uuid) }.to_string_lossy();
+    // The emulated GPU has an identity of its own.
+    if STATE.lock().unwrap().number("any_uuid", 0.0) > 0.0 {
+        return unsafe { put(device, 1 as *mut c_void) };
+    }
     match uuid.strip_prefix("GPU-fake-").and_then(|index| index.parse::<usize>().ok()) {
         Some(index) => unsafe { put(device, (index + 1) as *mut c_void) },
         None => 6,
