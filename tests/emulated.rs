@@ -5,6 +5,8 @@
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 mod common;
+#[path = "common/fake_nvml.rs"]
+mod fake_nvml;
 
 use std::path::Path;
 
@@ -16,6 +18,7 @@ use tokmeter::backend::{
 use tokmeter::clock::Clock;
 use tokmeter::engine::{Engine, EngineLimits, LlmEngine, Request, StepOutput, score};
 use tokmeter::model::{Model, shape_of};
+use tokmeter::record::Maybe;
 use tokmeter::weights::slice::Slice;
 use tokmeter::weights::synthetic::Synthetic;
 use tokmeter::weights::{HostTensor, StoredDType, Weights, open};
@@ -426,4 +429,32 @@ fn on_the_device_too_few_frequencies() {
 fn the_oldest_driver_that_is_supported_has_all_that_is_called() {
     on_a_device(Build::Old, "on_the_device_steps_without_waiting", &[]);
     on_a_device(Build::Old, "on_the_device_wrong_use", &[]);
+}
+
+#[test]
+fn a_run_on_the_emulated_device_meters_what_the_library_for_power_plays() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("record.json");
+    let path = out.to_str().unwrap();
+    let cells = ["--batch", "1", "--depth", "8", "--osl", "2", "--min-seconds", "10.5", "--repeat", "1"];
+    let arguments =
+        [&["run", "--device", "cuda:0", "-m", TINY[0], "-o", path, "--power", "nvml"], &cells[..]].concat();
+    let library = fake_nvml::library(false).to_str().unwrap();
+    let settings = [("TOKMETER_NVML", library), ("FAKE_NVML", "any_uuid=1;trace=constant:300")];
+    let Some(output) = tokmeter(Build::Plain, &settings, &arguments) else { return };
+    assert!(output.status.success(), "{}", stderr(&output));
+    let record = tokmeter::record::read(&out).unwrap();
+    assert_eq!(record.meter.source.value().unwrap(), "nvml_total_energy");
+    assert_eq!(tokmeter::record::violations(&record), []);
+    let window = &record.cells[0].runs[0].windows[0];
+    match &window.energy {
+        Maybe::Value(energy) => {
+            let power_w = energy.energy_j / ((energy.t_b_ns - energy.t_a_ns) as f64 / 1e9);
+            assert!((power_w / 300.0 - 1.0).abs() < 2e-3, "{energy:?}");
+            assert_eq!(energy.doubts, [""; 0]);
+        }
+        // The emulated device's speed is that of a busy CPU: where it was not even, there is no energy.
+        missing => assert_eq!(missing.reason(), Some("power_is_not_energy_per_token_times_rate")),
+    }
+    assert_eq!(window.temperature.value().unwrap().max_c, 61.0);
 }

@@ -2,11 +2,13 @@
 //! and per unit of money. Pure functions of files; nothing here touches the machine.
 
 mod cost;
+mod energy;
 mod quantile;
 mod roofline;
 mod summary;
 
 pub use cost::{CellCost, parse_cost, read_cost_file};
+pub use energy::CellEnergy;
 pub use quantile::Quantiles;
 pub use roofline::{Utilization, is_impossible, utilization, violations};
 pub use summary::{CellSummary, Flag, Summary, Throughput, TokenKind, refuse_unmeasured, summarize};
