@@ -2,6 +2,7 @@
 //! code and the printing of errors are decided in [`execute`] alone.
 
 mod check;
+mod compare;
 mod device;
 mod doctor;
 mod interrupt;
@@ -35,8 +36,10 @@ pub const INTERRUPTED: u8 = 130;
                   tokmeter run --batch 1,8 --depth 512      only decoding, at two batch sizes\n  \
                   tokmeter check                            is what this machine computes right\n  \
                   tokmeter doctor                           what is here, what is missing, and the remedy\n  \
-                  tokmeter report RECORD.json               a record as Markdown\n\n\
-                  Exit codes: 0 done, 1 something failed, 2 usage, 3 broken or foreign file, 130 interrupted"
+                  tokmeter report RECORD.json               a record as Markdown\n  \
+                  tokmeter compare --baseline A.json --candidate B.json    is B slower than A\n\n\
+                  Exit codes: 0 done, 1 something failed, 2 usage, 3 broken or foreign file, 130 interrupted; compare has\n\
+                  its own, see tokmeter compare --help"
 )]
 struct Cli {
     #[command(subcommand)]
@@ -47,6 +50,7 @@ struct Cli {
 enum Verb {
     Run(Box<run::Args>),
     Check(check::Args),
+    Compare(Box<compare::Args>),
     Doctor(doctor::Args),
     Models(models::Args),
     Validate(validate::Args),
@@ -95,6 +99,7 @@ pub fn execute() -> u8 {
     let result = match cli.verb {
         Verb::Run(args) => run::run(*args),
         Verb::Check(args) => check::run(args),
+        Verb::Compare(args) => compare::run(*args),
         Verb::Doctor(args) => doctor::run(args),
         Verb::Models(args) => models::run(args),
         Verb::Validate(args) => validate::run(args),

@@ -23,7 +23,7 @@ pub use cell::{
 };
 pub use histogram::{Latency, LatencyHistogram, merge as merge_histograms};
 pub use maybe::{Maybe, Missing};
-pub use redact::redacted;
+pub use redact::{hashed_identity, redacted};
 pub use store::{ReadError, Store, check_place, parse, read, write_atomically};
 pub use validate::{Violation, canonical_sha256, hex, violations};
 
