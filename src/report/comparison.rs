@@ -14,7 +14,6 @@ use crate::units::format_significant;
 
 /// Longest value of the environment that is printed whole, characters.
 const LONGEST_VALUE: usize = 60;
-/// Most changes by themselves that are counted instead of listed.
 const TITLES: [&str; 12] = [
     "cell",
     "metric",
@@ -73,21 +72,12 @@ pub fn comparison_table(result: &Comparison) -> String {
 /// Markdown for a change ticket.
 pub fn comparison_markdown(result: &Comparison) -> String {
     let mut text = format!("## {}\n\n", headline(result));
-    let mut list = |title: &str, lines: &[String]| {
-        if !lines.is_empty() {
-            if !title.is_empty() {
-                text.push_str(&format!("**{title}**\n\n"));
-            }
-            lines.iter().for_each(|line| text.push_str(&format!("- {line}\n")));
-            text.push('\n');
-        }
-    };
-    list("", &result.reasons);
-    list("Next", &result.next);
+    text.push_str(&list("", &result.reasons));
+    text.push_str(&list("Next", &result.next));
     let sides: Vec<String> =
         sides(result).into_iter().map(|(title, value)| format!("**{title}**: {value}")).collect();
-    list("", &sides);
-    list("Environment", &environment(result));
+    text.push_str(&list("", &sides));
+    text.push_str(&list("Environment", &environment(result)));
     if !result.cells.is_empty() {
         text.push_str(&format!(
             "| {} |\n|---|---|---|{}\n",
@@ -95,25 +85,25 @@ pub fn comparison_markdown(result: &Comparison) -> String {
             "--:|".repeat(TITLES.len() - 3)
         ));
         for cell in compared(result) {
-            text.push_str(&format!(
-                "| {} |\n",
-                row(cell).join(" | ").replace('|', " | ").replace(" |  | ", " | ")
-            ));
+            text.push_str(&format!("| {} |\n", row(cell).join(" | ")));
         }
         text.push('\n');
     }
-    let mut list = |title: &str, lines: &[String]| {
-        if !lines.is_empty() {
-            text.push_str(&format!("**{title}**\n\n"));
-            lines.iter().for_each(|line| text.push_str(&format!("- {line}\n")));
-            text.push('\n');
-        }
-    };
-    list("Notes", &notes(result));
-    list("Why", &why(result));
-    list("Left out by rule", &result.exclusions);
-    list("Remarks", &result.remarks);
+    text.push_str(&list("Notes", &notes(result)));
+    text.push_str(&list("Why", &why(result)));
+    text.push_str(&list("Left out by rule", &result.exclusions));
+    text.push_str(&list("Remarks", &result.remarks));
     text
+}
+
+/// A list under a bold title; nothing when it is empty.
+fn list(title: &str, lines: &[String]) -> String {
+    if lines.is_empty() {
+        return String::new();
+    }
+    let head = if title.is_empty() { String::new() } else { format!("**{title}**\n\n") };
+    let items: String = lines.iter().map(|line| format!("- {line}\n")).collect();
+    format!("{head}{items}\n")
 }
 
 fn headline(result: &Comparison) -> String {
@@ -254,13 +244,17 @@ fn row(cell: &Comparand) -> Vec<String> {
         format_significant(numbers.candidate),
         signed(numbers.effect_ratio),
         dash(numbers.interval_95_ratio.value().map(interval)),
-        dash(numbers.p_worse_holm.value().map(|p| format!("{p:.3}"))),
+        dash(numbers.p_worse_holm.value().copied().map(chance)),
         dash(numbers.detectable_ratio.value().map(|ratio| percent(*ratio))),
         dash(numbers.sigma.value().map(|sigma| percent(*sigma))),
         percent(numbers.threshold_ratio),
         dash(numbers.sessions_needed.value().map(ToString::to_string)),
     ]);
     fields
+}
+
+fn chance(p: f64) -> String {
+    if p < 0.001 { "<0.001".to_owned() } else { format!("{p:.3}") }
 }
 
 fn percent(ratio: f64) -> String {
@@ -317,11 +311,11 @@ fn why(result: &Comparison) -> Vec<String> {
     }));
     lines.extend(result.why.latencies.iter().map(|moved| {
         format!(
-            "{} {} moved by {} (p {:.3})",
+            "{} {} moved by {} (p {})",
             moved.cell,
             moved.latency,
             signed(moved.effect_ratio),
-            moved.p_adjusted
+            chance(moved.p_adjusted)
         )
     }));
     lines.extend(conditions(&result.baseline, &result.candidate));

@@ -121,8 +121,11 @@ pub(super) fn remark_on_arms(
         .collect();
     if sessions > boots.len() {
         remarks.push(format!(
-            "{sessions} sessions are declared (--session) and stem from {} boots and driver loads",
-            boots.len()
+            "{sessions} sessions are declared (--session), from {} of boot and driver load",
+            match boots.len() {
+                1 => "one pair".to_owned(),
+                count => format!("{count} pairs"),
+            }
         ));
     }
     if groups().any(|group| *group.id == SessionId::Unknown) {

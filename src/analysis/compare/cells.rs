@@ -240,6 +240,8 @@ impl Scope<'_> {
     }
 }
 
+/// Sessions below which a median of deviations says nothing.
+const FEWEST_FOR_A_MEDIAN: usize = 5;
 /// Reason code where the sessions allow no statement.
 const TOO_FEW: &str = "too_few_sessions";
 
@@ -279,7 +281,7 @@ fn notes(series: &Series, judged: &Judged, rules: Rules, quantiles: &TQuantiles)
         ));
     }
     for (side, arm) in [("baseline", &series.baseline), ("candidate", &series.candidate)] {
-        for index in far_from_median(arm) {
+        for index in far_from_median(arm).into_iter().filter(|_| arm.len() >= FEWEST_FOR_A_MEDIAN) {
             notes.push(format!("session {} of the {side} lies far from the others", index + 1));
         }
     }

@@ -14,6 +14,8 @@ const VARIANCE_RATIO: f64 = 4.0;
 const VARIANCE_LEVEL: f64 = 0.01;
 /// Fewest sessions in each arm for unequal variances.
 const WELCH_SESSIONS: usize = 3;
+/// Level of the rank test that backs a loss up.
+const RANK_LEVEL: f64 = 0.05;
 /// Most sessions per arm that are ever asked for.
 const MOST_SESSIONS: usize = 1000;
 
@@ -71,7 +73,8 @@ pub struct Effect {
     pub p_better: f64,
     /// The runs of the two arms scatter differently.
     pub variance_changed: bool,
-    /// Leaving out one session turns the sign, and ranks see no difference.
+    /// The arm is worse by chance alone at most once in twenty, but leaving out one session turns the sign, and ranks see
+    /// no difference.
     pub rests_on_one_session: bool,
     sessions: (usize, usize),
     noise_nu: f64,
@@ -110,7 +113,7 @@ pub fn estimate(series: &Series) -> Effect {
         p_worse,
         p_better,
         variance_changed,
-        rests_on_one_session: rests_on_one_session(baseline, candidate),
+        rests_on_one_session: p_worse <= RANK_LEVEL && rests_on_one_session(baseline, candidate),
         sessions: (baseline.len(), candidate.len()),
         noise_nu,
     }
@@ -153,16 +156,13 @@ fn rests_on_one_session(baseline: &[f64], candidate: &[f64]) -> bool {
     if baseline.len() < 2 || candidate.len() < 2 {
         return false;
     }
-    let whole = mean(candidate) - mean(baseline);
-    let without = |arm: &[f64], index: usize| {
-        let rest: Vec<f64> = arm.iter().enumerate().filter(|(i, _)| *i != index).map(|(_, v)| *v).collect();
-        mean(&rest)
-    };
-    let turns = |difference: f64| difference * whole <= 0.0;
-    let turned = (0..baseline.len()).any(|i| turns(mean(candidate) - without(baseline, i)))
-        || (0..candidate.len()).any(|i| turns(without(candidate, i) - mean(baseline)));
-    let (low, high) = if whole < 0.0 { (candidate, baseline) } else { (baseline, candidate) };
-    turned && mann_whitney(low, high) > 0.05
+    let without_worst =
+        |arm: &[f64], worst: f64| (mean(arm) * arm.len() as f64 - worst) / (arm.len() as f64 - 1.0);
+    let highest = baseline.iter().copied().fold(f64::MIN, f64::max);
+    let lowest = candidate.iter().copied().fold(f64::MAX, f64::min);
+    let turned = mean(candidate) >= without_worst(baseline, highest)
+        || without_worst(candidate, lowest) >= mean(baseline);
+    turned && mann_whitney(candidate, baseline) > RANK_LEVEL
 }
 
 impl Effect {
