@@ -68,7 +68,7 @@ fn said(cell: &Comparand, verdict: Verdict) -> String {
 /// What would settle an open question.
 pub(super) fn next_steps(result: &Comparison, sample: Option<&Sample>) -> Vec<String> {
     let mut next = Vec::new();
-    if result.confounded {
+    if result.confounded && result.verdict_of_the_cells.value().is_some() {
         let groups: BTreeSet<&str> = result
             .environment
             .iter()

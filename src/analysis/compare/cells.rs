@@ -262,8 +262,10 @@ fn notes(series: &Series, judged: &Judged, rules: Rules, quantiles: &TQuantiles)
             "assumed noise of {} % between sessions: one session on each side and no noise records",
             ASSUMED_SIGMA * 100.0
         )),
-        Noise::Unknown => notes
-            .push(format!("{} degrees of freedom, expected 3: more sessions, or noise records", effect.nu)),
+        Noise::Unknown => notes.push(format!(
+            "degrees of freedom are {}, expected at least 3: more sessions, or noise records",
+            effect.nu
+        )),
         Noise::Welch => notes.push("each side's own variance: their runs scatter differently".to_owned()),
         Noise::Pooled if effect.variance_changed => {
             notes.push("variance changed: the runs of the two sides scatter differently".to_owned());
