@@ -18,7 +18,7 @@ use tokmeter::analysis::compare::{
 };
 use tokmeter::record::machine::Gpu;
 use tokmeter::record::{
-    ClockEvents, Clocks, Energy, Maybe, Outcome, Record, Workload, read, redacted, violations,
+    ClockEvents, Clocks, Energy, Maybe, Outcome, Record, Steady, Workload, read, redacted, violations,
 };
 
 static TEMPLATE: LazyLock<Record> = LazyLock::new(|| {
@@ -302,10 +302,13 @@ fn a_vanished_cell_is_never_a_pass() {
         compared(&arm("a", 3, 1.0), &candidate)
     };
     type Change<'a> = (&'a str, &'a dyn Fn(&mut Record));
-    let cases: [Change<'_>; 4] = [
+    let cases: [Change<'_>; 6] = [
         ("no record has this cell", &|record| {
             record.cells.remove(2);
             record.command.planned_cells.remove(2);
+        }),
+        ("failed: two  lines", &|record| {
+            record.cells[2].outcome = Outcome::Failed { error: "two\n\u{1b}lines".to_owned() };
         }),
         ("failed: out of memory", &|record| {
             record.cells[2].outcome = Outcome::Failed { error: "out of memory".to_owned() };
@@ -313,6 +316,9 @@ fn a_vanished_cell_is_never_a_pass() {
         ("was skipped: no room", &|record| {
             record.cells[2].outcome = Outcome::Skipped { why: "no room".to_owned() };
             record.cells[2].runs.clear();
+        }),
+        ("all its runs were left out", &|record| {
+            record.cells[2].runs.iter_mut().for_each(|run| run.steady = Steady::Unsustainable);
         }),
         ("all its runs were left out", &|record| {
             for run in &mut record.cells[2].runs {

@@ -6,14 +6,15 @@ use comfy_table::{CellAlignment, ContentArrangement, Table};
 
 use super::DASH;
 use crate::analysis::compare::{
-    Arm, Class, Comparand, Comparison, Decomposition, Difference, Metric, Part, SessionId, Thresholds,
-    Verdict,
+    Arm, Class, Comparand, Comparison, Difference, Metric, Part, SessionId, Thresholds, Verdict,
 };
 use crate::record::Maybe;
 use crate::units::format_significant;
 
 /// Longest value of the environment that is printed whole, characters.
 const LONGEST_VALUE: usize = 60;
+/// Most reasons under the headline.
+const MOST_REASONS: usize = 8;
 const TITLES: [&str; 12] = [
     "cell",
     "metric",
@@ -38,7 +39,7 @@ pub fn comparison_json(result: &Comparison) -> serde_json::Result<String> {
 /// Plain text for a terminal.
 pub fn comparison_table(result: &Comparison) -> String {
     let mut text = format!("{}\n", headline(result));
-    for reason in &result.reasons {
+    for reason in reasons(result) {
         text.push_str(&format!("  {reason}\n"));
     }
     for step in &result.next {
@@ -48,31 +49,29 @@ pub fn comparison_table(result: &Comparison) -> String {
     for (title, value) in sides(result) {
         text.push_str(&format!("{title:<10} {value}\n"));
     }
-    let sections = [
-        ("environment", environment(result)),
-        ("cells", if result.cells.is_empty() { Vec::new() } else { vec![cell_table(result)] }),
-        ("", notes(result)),
-        ("why", why(result)),
-        ("left out by rule", result.exclusions.clone()),
-        ("remarks", result.remarks.clone()),
-    ];
-    for (title, lines) in sections.iter().filter(|(_, lines)| !lines.is_empty()) {
-        text.push('\n');
-        if !title.is_empty() && *title != "cells" {
-            text.push_str(&format!("{title}\n"));
-        }
-        let indent = if title.is_empty() || *title == "cells" { "" } else { "  " };
-        for line in lines {
-            text.push_str(&format!("{indent}{line}\n"));
-        }
+    text.push_str(&block("environment", &environment(result)));
+    if !result.cells.is_empty() {
+        text.push_str(&format!("\n{}\n\n{}\n", cell_table(result), notes(result).join("\n")));
     }
+    text.push_str(&block("why", &why(result)));
+    text.push_str(&block("left out by rule", &result.exclusions));
+    text.push_str(&block("remarks", &result.remarks));
     text
+}
+
+/// Indented lines under a title, after an empty line; nothing when there are none.
+fn block(title: &str, lines: &[String]) -> String {
+    if lines.is_empty() {
+        return String::new();
+    }
+    let indented: String = lines.iter().map(|line| format!("  {line}\n")).collect();
+    format!("\n{title}\n{indented}")
 }
 
 /// Markdown for a change ticket.
 pub fn comparison_markdown(result: &Comparison) -> String {
     let mut text = format!("## {}\n\n", headline(result));
-    text.push_str(&list("", &result.reasons));
+    text.push_str(&list("", &reasons(result)));
     text.push_str(&list("Next", &result.next));
     let sides: Vec<String> =
         sides(result).into_iter().map(|(title, value)| format!("**{title}**: {value}")).collect();
@@ -104,6 +103,15 @@ fn list(title: &str, lines: &[String]) -> String {
     let head = if title.is_empty() { String::new() } else { format!("**{title}**\n\n") };
     let items: String = lines.iter().map(|line| format!("- {line}\n")).collect();
     format!("{head}{items}\n")
+}
+
+/// The first reasons; the others stand below, cell by cell and field by field.
+fn reasons(result: &Comparison) -> Vec<String> {
+    let mut shown: Vec<String> = result.reasons.iter().take(MOST_REASONS).cloned().collect();
+    if result.reasons.len() > MOST_REASONS {
+        shown.push(format!("and {} more", result.reasons.len() - MOST_REASONS));
+    }
+    shown
 }
 
 fn headline(result: &Comparison) -> String {
@@ -327,22 +335,11 @@ fn decompositions(result: &Comparison) -> Vec<String> {
     let all = &result.why.decompositions;
     let mut lines = Vec::new();
     for parts in all {
-        lines.extend(split(
-            parts,
-            "tok/s",
-            "clock",
-            &parts.clock,
-            "tokens per cycle",
-            &parts.tokens_per_cycle,
-        ));
-        lines.extend(split(
-            parts,
-            "tok/J",
-            "power",
-            &parts.power,
-            "tok/s",
-            &Maybe::Value(parts.throughput.clone()),
-        ));
+        let throughput = Maybe::Value(parts.throughput.clone());
+        let clock = [("clock", &parts.clock), ("tokens per cycle", &parts.tokens_per_cycle)];
+        let power = [("power", &parts.power), ("tok/s", &throughput)];
+        lines.extend(split(&format!("{} tok/s", parts.cell), clock));
+        lines.extend(split(&format!("{} tok/J", parts.cell), power));
     }
     for (what, reason) in [
         ("clock", all.iter().find_map(|parts| parts.clock.reason())),
@@ -355,20 +352,16 @@ fn decompositions(result: &Comparison) -> Vec<String> {
     lines
 }
 
-fn split(
-    parts: &Decomposition,
-    whole: &str,
-    one: &str,
-    first: &Maybe<Part>,
-    other: &str,
-    second: &Maybe<Part>,
-) -> Option<String> {
-    let (first, second) = (first.value()?, second.value()?);
-    let said = |part: &Part| match part.interval_95_ratio.value() {
-        Some(range) => format!("{} {}", signed(part.effect_ratio), interval(range)),
-        None => signed(part.effect_ratio),
+/// `decode/b1/d64/o16 tok/s: clock -2.0 % […], tokens per cycle +0.1 % […]`, when both parts are known.
+fn split(whole: &str, parts: [(&str, &Maybe<Part>); 2]) -> Option<String> {
+    let said = |(name, part): (&str, &Maybe<Part>)| {
+        let part = part.value()?;
+        let range =
+            part.interval_95_ratio.value().map_or(String::new(), |range| format!(" {}", interval(range)));
+        Some(format!("{name} {}{range}", signed(part.effect_ratio)))
     };
-    Some(format!("{} {whole}: {one} {}, {other} {}", parts.cell, said(first), said(second)))
+    let [first, second] = parts.map(said);
+    Some(format!("{whole}: {}, {}", first?, second?))
 }
 
 /// What went on during the windows, side against side.

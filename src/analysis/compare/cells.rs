@@ -132,20 +132,17 @@ fn vanished(arms: &Arms<'_>, key: &str, metric: Metric, series: &Series) -> Comp
 
 fn judge_matched(matched: Vec<Matched>, settings: &Settings, quantiles: &TQuantiles) -> Vec<Comparand> {
     let scope = Scope { tests: matched.len(), rules: settings.rules, quantiles };
-    let (places, family): (Vec<(String, Metric)>, Vec<(Series, f64)>) = matched
-        .into_iter()
-        .map(|matched| {
-            let threshold = settings.thresholds.of(matched.metric, &matched.cell);
-            ((matched.cell, matched.metric), (matched.series, threshold))
-        })
-        .unzip();
+    let family: Vec<(Series, f64)> = matched
+        .iter()
+        .map(|one| (one.series.clone(), settings.thresholds.of(one.metric, &one.cell)))
+        .collect();
     let judged = judge(&family, settings.rules, quantiles);
-    places
+    matched
         .into_iter()
         .zip(family)
         .zip(judged)
-        .map(|(((cell, metric), (series, threshold)), judged)| {
-            scope.comparand((cell, metric), &series, threshold, &judged)
+        .map(|((one, (series, threshold_ratio)), judged)| {
+            scope.comparand((one.cell, one.metric), &series, threshold_ratio, &judged)
         })
         .collect()
 }

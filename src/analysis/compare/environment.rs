@@ -7,7 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::sample::Sample;
+use super::sample::{Sample, printable};
 use crate::record::{Record, hashed_identity};
 
 /// What a change of a fact means for a comparison.
@@ -29,7 +29,7 @@ pub enum Class {
 use Class::{Dynamic, Expected, Identity, Meter, Suspicious};
 
 /// What `--changing` can declare, and what it stands for.
-pub const GROUPS: [(&str, &str); 9] = [
+pub const GROUPS: [(&str, &str); 10] = [
     ("driver", "the GPU's driver (always expected)"),
     ("firmware", "firmware of board, GPU and CPU"),
     ("kernel", "operating system: kernel, its command line and mitigations, distribution"),
@@ -38,7 +38,8 @@ pub const GROUPS: [(&str, &str); 9] = [
     ("limits", "limits of the process, container and hypervisor"),
     ("env", "environment variables"),
     ("tool", "tokmeter itself, its build and its libraries"),
-    ("kernels", "how the GPU's kernels were compiled and are launched"),
+    ("power", "power limits, and who shares the device"),
+    ("kernels", "how the GPU's kernels were compiled and are launched, and its libraries"),
 ];
 
 /// Facts by the place in the record, most of them whole branches: the longest that fits decides. `machine.gpus` appears
@@ -101,6 +102,10 @@ const ROWS: &[(&str, Class, &str)] = &[
     ("engine.kernels.architecture", Identity, ""),
     ("engine.kernels.deterministic", Identity, ""),
     ("engine.kernels", Suspicious, "kernels"),
+    // Which algorithms a library takes, and how long it took to choose, is its own affair.
+    ("engine.cublaslt.products", Dynamic, ""),
+    ("engine.cublaslt.tuning_ns", Dynamic, ""),
+    ("engine.cublaslt", Suspicious, "kernels"),
     ("engine.name", Identity, ""),
     ("engine.backend", Identity, ""),
     ("engine.compute_dtype", Identity, ""),
@@ -110,6 +115,14 @@ const ROWS: &[(&str, Class, &str)] = &[
     ("engine.stop_tokens_ignored", Identity, ""),
     ("engine.sampling", Identity, ""),
     ("engine", Suspicious, ""),
+    // What the sensor read or was found to do; its limit of power is the machine's.
+    ("meter.idle_no_context", Dynamic, ""),
+    ("meter.idle_context_resident", Dynamic, ""),
+    ("meter.systematic_share", Dynamic, ""),
+    ("meter.devices.update_period_ns", Dynamic, ""),
+    ("meter.devices.power_limit_w", Suspicious, "power"),
+    ("meter.devices.shared", Suspicious, "power"),
+    ("meter.trace", Dynamic, ""),
     ("meter", Meter, ""),
     ("command.seed", Identity, ""),
     ("command.min_seconds", Suspicious, ""),
@@ -250,7 +263,7 @@ fn leaf(path: &str, value: &Value) -> String {
         Value::String(text) if path.starts_with("engine.kernels.origins.") && text == "cache" => {
             "compiled".to_owned()
         }
-        Value::String(text) => text.clone(),
+        Value::String(text) => printable(text),
         other => other.to_string(),
     }
 }
@@ -376,6 +389,9 @@ mod tests {
         assert_eq!(row_of("machine.cpu.governor"), (Suspicious, "cpu"));
         assert_eq!(row_of("machine.new_branch.value"), (Suspicious, ""));
         assert_eq!(row_of("model.weights.files[1].name"), (Dynamic, ""));
+        assert_eq!(row_of("meter.devices[0].power_limit_w"), (Suspicious, "power"));
+        assert_eq!(row_of("meter.idle_no_context.power_w"), (Dynamic, ""));
+        assert_eq!(row_of("engine.cublaslt.products[3].algorithm_id"), (Dynamic, ""));
         assert_eq!(row_of("modelling"), (Suspicious, ""));
     }
 

@@ -26,6 +26,7 @@ pub struct Comparison {
     #[schemars(extend("const" = SCHEMA))]
     pub schema: &'static str,
     /// Why this must not be used: a record in it is no measurement.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub not_a_measurement: Option<String>,
     pub verdict: Verdict,
     /// What the cells say whatever the environment; missing when nothing was compared.

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use super::environment::{self, Fact};
 use super::session::{SessionId, recognised};
 use crate::analysis::{CellSummary, Quantiles, TokenKind, refuse_unmeasured, summarize};
-use crate::record::{Cell, Maybe, Outcome, Record, Run, Workload, violations};
+use crate::record::{Cell, Maybe, Outcome, Record, Run, Steady, Workload, violations};
 
 /// Share of all cores' time that other processes, or the hypervisor's other guests, may take in a window. Above it the
 /// window's run is left out: a tenth of the machine was somebody else's.
@@ -114,6 +114,11 @@ impl Sample {
     }
 }
 
+/// Text of a record in one line: whatever a file says must not move a terminal's cursor.
+pub(super) fn printable(text: &str) -> String {
+    text.chars().map(|letter| if letter.is_control() { ' ' } else { letter }).collect()
+}
+
 /// What makes a record unusable as a whole. A failed check is no contradiction: its run is left out.
 fn violations_without_failed_checks(record: &Record) -> Vec<String> {
     violations(record)
@@ -129,9 +134,9 @@ fn exclude(cell: &mut Cell, name: &str, exclusions: &mut Vec<String>) {
     let all = cell.runs.len();
     let unfinished = match &cell.outcome {
         Outcome::Measured => None,
-        Outcome::Failed { error } => Some(format!("failed: {error}")),
+        Outcome::Failed { error } => Some(format!("failed: {}", printable(error))),
         Outcome::Interrupted => Some("interrupted".to_owned()),
-        Outcome::Skipped { why } => Some(format!("skipped: {why}")),
+        Outcome::Skipped { why } => Some(format!("skipped: {}", printable(why))),
     };
     if let Some(why) = unfinished {
         cell.runs.clear();
@@ -149,7 +154,10 @@ fn exclude(cell: &mut Cell, name: &str, exclusions: &mut Vec<String>) {
 
 fn fault(run: &Run) -> Option<String> {
     if let Some(check) = run.checks.iter().find(|check| !check.ok) {
-        return Some(format!("check {} failed: {}", check.name, check.detail));
+        return Some(format!("check {} failed: {}", printable(&check.name), printable(&check.detail)));
+    }
+    if run.steady == Steady::Unsustainable {
+        return Some("unsustainable: requests arrived faster than they were served".to_owned());
     }
     let shares = run.windows.iter().filter_map(|window| window.cpu.value());
     let worst = shares
@@ -186,9 +194,9 @@ impl CellSample {
 fn absence(cell: &Cell) -> String {
     match &cell.outcome {
         Outcome::Measured => "all its runs were left out".to_owned(),
-        Outcome::Failed { error } => format!("failed: {error}"),
+        Outcome::Failed { error } => format!("failed: {}", printable(error)),
         Outcome::Interrupted => "was interrupted".to_owned(),
-        Outcome::Skipped { why } => format!("was skipped: {why}"),
+        Outcome::Skipped { why } => format!("was skipped: {}", printable(why)),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::sample::Sample;
+use super::sample::{Sample, printable};
 use crate::record::{Maybe, Session, hashed_identity};
 
 /// Identity of a session. Ordered, so that sessions can be listed the same way every time.
@@ -12,7 +12,11 @@ pub enum SessionId {
     /// `--session LABEL` at `run`.
     Declared { label: String },
     /// Hash of the boot id, and the driver's load time where a GPU driver is in use.
-    Recognised { boot: String, driver_loaded_at: Option<String> },
+    Recognised {
+        boot: String,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        driver_loaded_at: Option<String>,
+    },
     /// Neither is known: all such records count as one session.
     Unknown,
 }
@@ -20,7 +24,7 @@ pub enum SessionId {
 impl SessionId {
     pub(super) fn of(session: &Session) -> Self {
         if let Maybe::Value(label) = &session.label {
-            return SessionId::Declared { label: label.clone() };
+            return SessionId::Declared { label: printable(label) };
         }
         match recognised(session) {
             Some((boot, driver_loaded_at)) => SessionId::Recognised { boot, driver_loaded_at },

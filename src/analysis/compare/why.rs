@@ -16,13 +16,17 @@ use crate::record::{Maybe, Workload};
 /// Share of falsely named latencies that is accepted.
 const DISCOVERY_RATE: f64 = 0.10;
 
-/// Kinds of work by the cells that show them alone.
-const LAYERS: [(&str, fn(&Workload) -> bool); 4] = [
-    ("prefill", |workload| matches!(workload, Workload::Prefill { .. })),
-    ("decode", |workload| matches!(workload, Workload::Decode { .. })),
-    ("generation", |workload| matches!(workload, Workload::Generate { .. })),
-    ("serving", |workload| matches!(workload, Workload::ServeClosed { .. } | Workload::ServeOpen { .. })),
-];
+/// Kinds of work, each by the cells that show it alone.
+const LAYERS: [&str; 4] = ["prefill", "decode", "generation", "serving"];
+
+fn layer_of(workload: &Workload) -> &'static str {
+    match workload {
+        Workload::Prefill { .. } => LAYERS[0],
+        Workload::Decode { .. } => LAYERS[1],
+        Workload::Generate { .. } => LAYERS[2],
+        Workload::ServeClosed { .. } | Workload::ServeOpen { .. } => LAYERS[3],
+    }
+}
 
 pub(super) fn explain(arms: &Arms<'_>, cells: &[Comparand], quantiles: &TQuantiles) -> Why {
     let compared: Vec<&Comparand> = cells
@@ -32,7 +36,7 @@ pub(super) fn explain(arms: &Arms<'_>, cells: &[Comparand], quantiles: &TQuantil
     let (latencies_tested, latencies) = moved_latencies(arms, &compared);
     Why {
         decompositions: compared.iter().filter_map(|cell| decompose(arms, &cell.cell, quantiles)).collect(),
-        layers: LAYERS.iter().map(|(name, is_of)| layer(arms, name, *is_of, &compared)).collect(),
+        layers: LAYERS.iter().map(|name| layer(arms, name, &compared)).collect(),
         latencies,
         latencies_tested,
         outputs_changed: compared
@@ -110,9 +114,9 @@ fn decompose(arms: &Arms<'_>, key: &str, quantiles: &TQuantiles) -> Option<Decom
     })
 }
 
-fn layer(arms: &Arms<'_>, name: &str, is_of: fn(&Workload) -> bool, compared: &[&Comparand]) -> Layer {
-    let own: Vec<&&Comparand> =
-        compared.iter().filter(|cell| arms.workload(&cell.cell).is_some_and(is_of)).collect();
+fn layer(arms: &Arms<'_>, name: &str, compared: &[&Comparand]) -> Layer {
+    let is_own = |cell: &&&Comparand| arms.workload(&cell.cell).is_some_and(|work| layer_of(work) == name);
+    let own: Vec<&&Comparand> = compared.iter().filter(is_own).collect();
     let count = |verdict| own.iter().filter(|cell| cell.verdict == verdict).count() as u32;
     let changes: Vec<f64> = own
         .iter()

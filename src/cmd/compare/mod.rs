@@ -41,7 +41,7 @@ pub struct Args {
     /// compared with
     #[arg(long, value_name = "DIR")]
     store: Option<PathBuf>,
-    /// What is deliberately updated: driver (always), firmware, kernel, cpu, memory, limits, env, tool, kernels
+    /// What is deliberately updated: driver (always), firmware, kernel, cpu, memory, limits, env, tool, power, kernels
     #[arg(long, value_name = "WHAT", value_delimiter = ',')]
     changing: Vec<String>,
     /// Fields, branches of fields or groups of the environment whose change is let pass
