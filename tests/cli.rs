@@ -266,7 +266,7 @@ fn every_verb_has_help_with_examples() {
         .filter(|verb| *verb != "help")
         .collect();
     assert!(
-        ["run", "check", "peaks", "doctor", "models", "validate", "report"]
+        ["run", "check", "peaks", "compare", "doctor", "models", "validate", "report"]
             .iter()
             .all(|verb| verbs.contains(verb)),
         "{verbs:?}"
@@ -385,8 +385,17 @@ fn a_reader_that_closes_the_pipe_is_no_error() {
     let folder = tempdir().unwrap();
     let record = ["run", "--engine", "fake", "--isl", "8", "-r", "1", "--min-seconds", "0", "-o", "r.json"];
     let report = ["report", "r.json", "--allow-not-a-measurement"];
-    for args in [&record[..], &report, &["validate", "r.json"], &["models"], &["--help"], &["run", "--help"]]
-    {
+    let compare = ["compare", "--baseline", "r.json", "--candidate", "r.json", "--allow-not-a-measurement"];
+    let compare = [&compare[..], &["--inconclusive", "pass"]].concat();
+    for args in [
+        &record[..],
+        &report,
+        &compare,
+        &["validate", "r.json"],
+        &["models"],
+        &["--help"],
+        &["run", "--help"],
+    ] {
         let mut child = start(folder.path(), args);
         drop(child.stdout.take());
         let output = child.wait_with_output().unwrap();

@@ -1,10 +1,12 @@
 //! What records say, computed from them alone: rates, percentiles, shares of the device's ceilings, tokens per joule
 //! and per unit of money. Pure functions of files; nothing here touches the machine.
 
+pub mod compare;
 mod cost;
 mod energy;
 mod quantile;
 mod roofline;
+pub mod stats;
 mod summary;
 
 pub use cost::{CellCost, parse_cost, read_cost_file};

@@ -30,7 +30,7 @@ pub use cost::{Amount, Converted, CostMode, CostModel, Currency, EnergyPrice, Ex
 pub use cublaslt::{Chosen, CublasLt, TunedProduct};
 pub use histogram::{Latency, LatencyHistogram, merge as merge_histograms};
 pub use maybe::{Maybe, Missing};
-pub use redact::redacted;
+pub use redact::{hashed_identity, redacted};
 pub use store::{ReadError, Store, check_place, parse, read, write_atomically};
 pub use validate::{Violation, canonical_sha256, hex, violations};
 

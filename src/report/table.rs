@@ -42,7 +42,7 @@ pub(super) fn heading(summary: &Summary) -> String {
     text
 }
 
-fn trimmed(text: &str) -> String {
+pub(super) fn trimmed(text: &str) -> String {
     text.lines()
         .map(|line| line.trim_end().strip_prefix(' ').unwrap_or(line.trim_end()))
         .collect::<Vec<_>>()

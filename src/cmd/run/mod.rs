@@ -48,7 +48,7 @@ use view::View;
     tokmeter run --weights synthetic -m llama-3.2-1b --batch 1 --isl 128 --dry-run"
 )]
 pub struct Args {
-    /// Named suite (quick, gpu-quick, standard, gpu-standard, decode, prefill) or a suite file [default: quick, on cuda
+    /// Named suite (quick, gpu-quick, standard, gpu-standard, decode, prefill, driver) or a suite file [default: quick, on cuda
     /// gpu-quick]
     #[arg(long, value_name = "NAME|FILE")]
     suite: Option<String>,
