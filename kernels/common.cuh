@@ -54,6 +54,9 @@ DEVICE T from_f32(float x) {
     return T{u16(pack<T>(x, 0.0f))};
 }
 
+/// x · sigmoid(x)
+DEVICE float silu(float x) { return x / (1.0f + exp2_approx(-1.4426950408889634f * x)); }
+
 DEVICE float warp_sum(float x) {
     for (int bits = 16; bits > 0; bits >>= 1) x += __shfl_xor_sync(WHOLE_WARP, x, bits);
     return x;

@@ -17,8 +17,6 @@
 
 enum Epilogue { STORE_F32, RESIDUAL, SILU };
 
-DEVICE float silu(float x) { return x / (1.0f + exp2_approx(-1.4426950408889634f * x)); }
-
 /// One or two of the epilogue's outputs at (token m, column n).
 template <Epilogue E, class T>
 DEVICE void finish(void* y, int m, int n, int N, float value, float up) {

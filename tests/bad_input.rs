@@ -330,7 +330,7 @@ fn command_lines_that_make_no_sense_are_refused() {
             &["run", "-m", "no-such-model", "--isl", "8"][..],
             &["no known model is called \"no-such-model\""][..],
         ),
-        (&["run", "--suite", "no-such-suite"], &["'no-such-suite', expected quick, standard"]),
+        (&["run", "--suite", "no-such-suite"], &["'no-such-suite', expected quick, gpu-quick, standard"]),
         (&["run", "-r", "0"], &["repeat is 0, expected 1 to 10000"]),
         (&["run", "--engine", "fake", "--fake-script", "{\"slow_down\":2}"], &["--fake-script", "slow_down"]),
         (&["run", "--no-such-flag"], &["--no-such-flag"]),

@@ -58,12 +58,15 @@ fn the_table_is_exact_to_the_byte() {
 smollm2-135m · none · fake on fake
 NOT A MEASUREMENT: fake engine: step times come from a script
 
-cell             tok/s      ±  TTFT p50  TTFT p99  TPOT p50  TPOT p99  tok/J    tok/USD
-prefill/b1/i40  800 in  0.0 %   50.0 ms         –         –         –      –  1,152,000
-prefill/b2/i40  889 in  0.0 %   90.0 ms         –         –         –      –  1,280,000
+cell             tok/s      ±  TTFT p50  TTFT p99  TPOT p50  TPOT p99  MBU  MFU  tok/J    tok/USD
+prefill/b1/i40  800 in  0.0 %   50.0 ms         –         –         –    –    –      –  1,152,000
+prefill/b2/i40  889 in  0.0 %   90.0 ms         –         –         –    –    –      –  1,280,000
 
+· prices: 2.50 USD per device and hour, energy included; 100 % of the paid hours used
 – TTFT: p99 needs 299 observations
 – TPOT: prefill cells make one token
+– MBU: the engine is scripted
+– MFU: the engine is scripted
 – tok/J: no power sensor
 ",
     );
@@ -74,14 +77,16 @@ fn markdown_is_exact_to_the_byte() {
     assert_prints(
         &["--batch", "1", "--depth", "40", "--osl", "6", "--format", "markdown"],
         "\
-| cell | tok/s | ± | TTFT p50 | TTFT p99 | TPOT p50 | TPOT p99 | tok/J | tok/$ |
-|---|--:|--:|--:|--:|--:|--:|--:|--:|
-| decode/b1/d40/o6 | 83.3 out | 0.0 % | – | – | 12.0 ms | – | – | – |
+| cell | tok/s | ± | TTFT p50 | TTFT p99 | TPOT p50 | TPOT p99 | MBU | MFU | tok/J | tok/$ |
+|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|
+| decode/b1/d40/o6 | 83.3 out | 0.0 % | – | – | 12.0 ms | – | – | – | – | – |
 
 - – TTFT: decode cells do not time the prefill
 - – TPOT: p99 needs 299 observations
+- – MBU: the engine is scripted
+- – MFU: the engine is scripted
 - – tok/J: no power sensor
-- – price: no price given (--price-per-gpu-hour)
+- – price: no price given (--price-per-gpu-hour, --cost)
 ",
     );
 }
@@ -94,9 +99,10 @@ fn csv_is_exact_to_the_byte() {
 model,device,backend,compute_dtype,cell,runs,tokens,tokens_per_s,spread_ratio,total_tokens_per_s,\
 ttft_count,ttft_p50_ns,ttft_p90_ns,ttft_p99_ns,itl_count,itl_p50_ns,itl_p90_ns,itl_p99_ns,\
 tpot_count,tpot_p50_ns,tpot_p90_ns,tpot_p99_ns,e2e_count,e2e_p50_ns,e2e_p90_ns,e2e_p99_ns,\
-step_count,step_p50_ns,step_p90_ns,step_p99_ns,tokens_per_joule,tokens_per_money,currency,flags
+step_count,step_p50_ns,step_p90_ns,step_p99_ns,mbu_share,mfu_share,tokens_per_joule,joules_per_token,power_w,\
+energy_uncertainty_ratio,net_tokens_per_joule,tokens_per_money,currency,flags
 \"smollm2-135m\",fake,fake,none,generate/b1/i40/o6,2,output,54.54545454545454,0,418.18181818181813,\
-10,50000000,,,50,12000000,12000000,,10,12000000,,,10,110000000,,,60,12001279,50000000,,,78545.45454545454,USD,0
+10,50000000,,,50,12000000,12000000,,10,12000000,,,10,110000000,,,60,12001279,50000000,,,,,,,,,78545.45454545454,USD,0
 ",
     );
 }
@@ -118,7 +124,11 @@ fn json_lines_are_exact_to_the_byte() {
             r#""p90_ns":{"missing":"needs_29_observations"},"p99_ns":{"missing":"needs_299_observations"}},"#,
             r#""step":{"count":20,"mean_ns":50000000.0,"p50_ns":50000000.0,"#,
             r#""p90_ns":{"missing":"needs_29_observations"},"p99_ns":{"missing":"needs_299_observations"}},"#,
-            r#""tokens_per_joule":{"missing":"no_sensor"},"tokens_per_money":{"missing":"no_price"},"flags":[]}"#,
+            r#""mbu_share":{"missing":"fake_engine"},"mfu_share":{"missing":"fake_engine"},"#,
+            r#""tokens_per_joule":{"missing":"no_sensor"},"joules_per_token":{"missing":"no_sensor"},"#,
+            r#""power_w":{"missing":"no_sensor"},"energy_uncertainty_ratio":{"missing":"no_sensor"},"#,
+            r#""net_tokens_per_joule":{"missing":"no_sensor"},"tokens_per_money":{"missing":"no_price"},"#,
+            r#""cost":{"missing":"no_price"},"flags":[]}"#,
             "\n"
         ),
     );
@@ -152,6 +162,12 @@ fn json_is_exact_to_the_byte() {
   \"currency\": {{
     \"missing\": \"no_price\"
   }},
+  \"prices\": {{
+    \"missing\": \"no_price\"
+  }},
+  \"energy_from\": {{
+    \"missing\": \"no_sensor\"
+  }},
   \"started_at\": \"2026-01-01T00:00:00.000Z\",
   \"not_a_measurement\": \"fake engine: step times come from a script\",
   \"cells\": [
@@ -169,8 +185,15 @@ fn json_is_exact_to_the_byte() {
       \"tpot\": {one},
       \"e2e\": {ttft},
       \"step\": {ttft},
+      \"mbu_share\": {fake},
+      \"mfu_share\": {fake},
       \"tokens_per_joule\": {sensor},
+      \"joules_per_token\": {sensor},
+      \"power_w\": {sensor},
+      \"energy_uncertainty_ratio\": {sensor},
+      \"net_tokens_per_joule\": {sensor},
       \"tokens_per_money\": {price},
+      \"cost\": {price},
       \"flags\": []
     }}
   ]
@@ -178,10 +201,38 @@ fn json_is_exact_to_the_byte() {
 ",
         ttft = quantiles(20, "50000000.0"),
         one = missing("one_output_token"),
+        fake = missing("fake_engine"),
         sensor = missing("no_sensor"),
         price = missing("no_price"),
     );
     assert_prints(&["--batch", "1", "--isl", "40", "--format", "json"], &expected);
+}
+
+/// The same record at another price: nothing measured changes, and the arithmetic is that of a slip of paper.
+#[test]
+fn another_price_changes_no_measured_value() {
+    let folder = tempdir().unwrap();
+    let costs = concat!(env!("CARGO_MANIFEST_DIR"), "/costs/owned-8-gpu-server.toml");
+    fake(folder.path(), &["--batch", "1", "--depth", "40", "--osl", "6", "--price-per-gpu-hour", "3.00 EUR"]);
+    let record = read(&folder.path().join("r.json")).unwrap();
+    let report = |args: &[&str]| {
+        let args = [&["report", "r.json", "--allow-not-a-measurement"], args].concat();
+        tokmeter(folder.path(), &args)
+    };
+    // 83.33 tok/s are 0.3 Mtok an hour, 10 EUR each.
+    let own = report(&[]);
+    let row = "| decode/b1/d40/o6 | 10.0000 | – | 10.0000 | – | 16.6667 | 33.3333 |";
+    assert!(own.stdout.contains(row), "{}", own.stdout);
+    let other = report(&["--price-per-gpu-hour", "6.00 EUR"]);
+    let row = "| decode/b1/d40/o6 | 20.0000 | – | 20.0000 | – | 33.3333 | 66.6667 |";
+    assert!(other.stdout.contains(row), "{}", other.stdout);
+    // Power was not measured, so what an owned device costs is not known.
+    let owned = report(&["--cost", costs, "--currency", "EUR"]);
+    assert!(owned.stdout.contains("| decode/b1/d40/o6 | – | – | – | – | – | – |"), "{}", owned.stdout);
+    assert!(owned.stdout.contains("converted from USD at 0.92 (2026-11-22), AN EXAMPLE"), "{}", owned.stdout);
+    assert_eq!(report(&["--cost", costs, "--currency", "JPY"]).code, Some(2));
+    assert_eq!(report(&["--cost", "r.json"]).code, Some(3));
+    assert_eq!(read(&folder.path().join("r.json")).unwrap(), record);
 }
 
 #[test]
@@ -215,7 +266,7 @@ fn every_verb_has_help_with_examples() {
         .filter(|verb| *verb != "help")
         .collect();
     assert!(
-        ["run", "check", "compare", "doctor", "models", "validate", "report"]
+        ["run", "check", "compare", "peaks", "doctor", "models", "validate", "report"]
             .iter()
             .all(|verb| verbs.contains(verb)),
         "{verbs:?}"

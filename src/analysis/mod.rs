@@ -1,12 +1,16 @@
-//! What records say, computed from them alone: rates, percentiles, tokens per joule and per unit of money. Pure
-//! functions of files; nothing here touches the machine.
+//! What records say, computed from them alone: rates, percentiles, shares of the device's ceilings, tokens per joule
+//! and per unit of money. Pure functions of files; nothing here touches the machine.
 
 pub mod compare;
 mod cost;
+mod energy;
 mod quantile;
+mod roofline;
 pub mod stats;
 mod summary;
 
-pub use cost::{PriceError, parse_price, tokens_per_money};
+pub use cost::{CellCost, parse_cost, read_cost_file};
+pub use energy::CellEnergy;
 pub use quantile::Quantiles;
+pub use roofline::{Utilization, is_impossible, utilization, violations};
 pub use summary::{CellSummary, Flag, Summary, Throughput, TokenKind, refuse_unmeasured, summarize};

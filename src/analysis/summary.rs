@@ -2,7 +2,10 @@
 
 use serde::Serialize;
 
-use super::{Quantiles, cost};
+use super::Quantiles;
+use super::cost::{self, CellCost, Work, cell_cost};
+use super::energy::{self, CellEnergy};
+use super::roofline::{self, Utilization};
 use crate::record::{Cell, Latency, LatencyHistogram, Maybe, Outcome, Record, Run, Steady, Workload};
 
 /// Share of the cores that others may take before a window is flagged.
@@ -17,6 +20,10 @@ pub struct Summary {
     pub compute_dtype: String,
     pub synthetic_weights: bool,
     pub currency: Maybe<String>,
+    /// The cost model in a sentence.
+    pub prices: Maybe<String>,
+    /// Which sensor energy comes from, and what is inside its reading: `nvml_total_energy, gpu`.
+    pub energy_from: Maybe<String>,
     pub started_at: String,
     pub not_a_measurement: Option<String>,
     pub cells: Vec<CellSummary>,
@@ -68,6 +75,15 @@ pub enum Flag {
         check: String,
         detail: String,
     },
+    /// Faster than the device can be: bytes, flops, time or ceiling is wrong.
+    AboveCeiling {
+        mbu_share: Maybe<f64>,
+        mfu_share: Maybe<f64>,
+    },
+    /// The energy is shown, and must not decide a comparison.
+    EnergyInDoubt {
+        reasons: Vec<String>,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -80,9 +96,16 @@ pub struct CellSummary {
     pub tpot: Maybe<Quantiles>,
     pub e2e: Maybe<Quantiles>,
     pub step: Maybe<Quantiles>,
-    pub tokens_per_joule: Maybe<f64>,
+    /// Memory bandwidth utilisation: of the bandwidth measured in the same run.
+    pub mbu_share: Maybe<f64>,
+    /// Model flops utilisation: of the matmul peak measured in the same run.
+    pub mfu_share: Maybe<f64>,
+    #[serde(flatten)]
+    pub energy: CellEnergy,
     /// Tokens for one unit of the record's currency.
     pub tokens_per_money: Maybe<f64>,
+    /// What tokens cost, in the record's currency.
+    pub cost: Maybe<CellCost>,
     pub flags: Vec<Flag>,
 }
 
@@ -105,13 +128,20 @@ pub fn summarize(record: &Record) -> Summary {
         compute_dtype: record.engine.compute_dtype.clone(),
         synthetic_weights: record.model.weights.format == "synthetic",
         currency: match &record.cost_model {
-            Maybe::Value(model) => Maybe::Value(model.currency.clone()),
+            Maybe::Value(model) => Maybe::Value(model.currency.to_string()),
             Maybe::Missing(missing) => Maybe::missing(missing.missing.clone()),
         },
+        prices: record.cost_model.as_ref().map(cost::describe),
+        energy_from: energy_from(record),
         started_at: record.started_at.clone(),
         not_a_measurement: record.not_a_measurement.clone(),
         cells: record.cells.iter().map(|cell| summarize_cell(record, cell)).collect(),
     }
+}
+
+fn energy_from(record: &Record) -> Maybe<String> {
+    let scope = record.meter.scope.value().map_or("scope unknown", String::as_str);
+    record.meter.source.as_ref().map(|source| format!("{source}, {scope}"))
 }
 
 fn summarize_cell(record: &Record, cell: &Cell) -> CellSummary {
@@ -119,6 +149,9 @@ fn summarize_cell(record: &Record, cell: &Cell) -> CellSummary {
         Quantiles::of(cell.runs.iter().map(|run| pick(&run.latency)))
     };
     let throughput = throughput(cell);
+    let energy = energy::of_cell(record, cell, headline(&cell.workload));
+    let cost = cost_of(record, cell, &energy);
+    let utilization = roofline::utilization(record, cell);
     CellSummary {
         key: cell.key.clone(),
         runs: cell.runs.len(),
@@ -127,10 +160,13 @@ fn summarize_cell(record: &Record, cell: &Cell) -> CellSummary {
         tpot: quantiles(|latency| &latency.tpot),
         e2e: quantiles(|latency| &latency.e2e),
         step: quantiles(|latency| &latency.step),
-        tokens_per_joule: tokens_per_joule(cell),
-        tokens_per_money: tokens_per_money(record, cell, &throughput),
+        tokens_per_money: tokens_per_money(cell, &cost),
+        cost,
+        energy,
         throughput,
-        flags: flags(cell),
+        flags: flags(cell).into_iter().chain(above_ceiling(&utilization)).collect(),
+        mbu_share: utilization.mbu_share,
+        mfu_share: utilization.mfu_share,
     }
 }
 
@@ -185,36 +221,39 @@ fn spread(rates: &[f64], center: f64) -> Maybe<f64> {
     Maybe::Value((high - low) / 2.0 / center)
 }
 
-/// Headline tokens over joules, when every window has both.
-fn tokens_per_joule(cell: &Cell) -> Maybe<f64> {
-    let kind = headline(&cell.workload);
-    let (mut tokens, mut energy_j) = (0.0, 0.0);
-    for window in cell.runs.iter().flat_map(|run| &run.windows) {
-        match &window.energy {
-            Maybe::Value(energy) => energy_j += energy.energy_j,
-            Maybe::Missing(missing) => return Maybe::missing(missing.missing.clone()),
-        }
-        tokens += match kind {
-            TokenKind::Input => window.tokens_in as f64,
-            TokenKind::Output => window.tokens_out as f64,
+fn cost_of(record: &Record, cell: &Cell, energy: &CellEnergy) -> Maybe<CellCost> {
+    let devices = cell.devices.len().max(1);
+    let idle_power_w = record.meter.idle_context_resident.as_ref().map(|idle| idle.power_w);
+    record.cost_model.as_ref().map(|model| {
+        let seconds: f64 = cell.runs.iter().map(|run| tokens_and_seconds(run, TokenKind::Output).1).sum();
+        let rate = |kind| {
+            let tokens: f64 = cell.runs.iter().map(|run| tokens_and_seconds(run, kind).0 as f64).sum();
+            if seconds > 0.0 { tokens / seconds } else { 0.0 }
         };
-    }
-    if energy_j > 0.0 { Maybe::Value(tokens / energy_j) } else { Maybe::missing("no_run") }
+        let work = Work {
+            devices,
+            input_tokens_per_s: rate(TokenKind::Input),
+            output_tokens_per_s: rate(TokenKind::Output),
+            device_watts: energy.power_w.as_ref().map(|watts| watts / devices as f64),
+            idle_watts: idle_power_w.map(|watts| watts / devices as f64),
+        };
+        cell_cost(model, &work)
+    })
 }
 
-fn tokens_per_money(record: &Record, cell: &Cell, throughput: &Maybe<Throughput>) -> Maybe<f64> {
-    let model = match &record.cost_model {
-        Maybe::Value(model) => model,
+/// Tokens of the headline for one unit of money.
+fn tokens_per_money(cell: &Cell, cost: &Maybe<CellCost>) -> Maybe<f64> {
+    let per_mtok = match cost {
         Maybe::Missing(missing) => return Maybe::missing(missing.missing.clone()),
+        Maybe::Value(cost) => match headline(&cell.workload) {
+            TokenKind::Input => &cost.per_mtok_input,
+            TokenKind::Output => &cost.per_mtok_output,
+        },
     };
-    match throughput {
+    match per_mtok {
+        Maybe::Value(price) if *price > 0.0 => Maybe::Value(1e6 / price),
+        Maybe::Value(_) => Maybe::missing("costs_nothing"),
         Maybe::Missing(missing) => Maybe::missing(missing.missing.clone()),
-        Maybe::Value(throughput) => {
-            match cost::tokens_per_money(model, throughput.tokens_per_s, cell.devices.len()) {
-                Ok(tokens) => Maybe::Value(tokens),
-                Err(_) => Maybe::missing("price_unreadable"),
-            }
-        }
     }
 }
 
@@ -235,11 +274,21 @@ fn flags(cell: &Cell) -> Vec<Flag> {
     if requests > 0 {
         flags.push(Flag::Unfinished { requests });
     }
+    let reasons = energy::doubts(cell);
+    if !reasons.is_empty() {
+        flags.push(Flag::EnergyInDoubt { reasons });
+    }
     let failed = cell.runs.iter().flat_map(|run| &run.checks).filter(|check| !check.ok);
     flags.extend(
         failed.map(|check| Flag::CheckFailed { check: check.name.clone(), detail: check.detail.clone() }),
     );
     flags
+}
+
+fn above_ceiling(utilization: &Utilization) -> Option<Flag> {
+    let Utilization { mbu_share, mfu_share } = utilization.clone();
+    let is_above = |share: &Maybe<f64>| share.value().is_some_and(|share| roofline::is_impossible(*share));
+    (is_above(&mbu_share) || is_above(&mfu_share)).then_some(Flag::AboveCeiling { mbu_share, mfu_share })
 }
 
 /// The worst window, when it is above [`QUIET_SHARE`].

@@ -6,5 +6,8 @@ mod cost;
 mod tensors;
 
 pub use config::{Architecture, Config, ConfigError, Rope, RopeScaling};
-pub use cost::{decode_step_flops, kv_bytes_per_token, matmul_parameters, parameters, prefill_flops};
+pub use cost::{
+    Op, OpWork, StepTokens, decode_step_flops, kv_bytes_per_token, matmul_parameters, parameters,
+    prefill_flops,
+};
 pub use tensors::{TensorRole, TensorSpec, layer_prefix, tensors};

@@ -6,15 +6,17 @@ mod batch;
 pub mod check;
 pub mod cpu;
 pub mod cuda;
+pub mod peaks;
 mod reference;
 pub mod sampling;
 mod stack;
 
 pub use batch::{Batch, Sampling, TokenInput};
 pub use cpu::{Cpu, CpuDType};
-pub use cuda::{Cuda, CudaDType, CudaOptions};
+pub use cuda::{Cuda, CudaDType, CudaOptions, Gemm};
 pub use reference::Reference;
 
+use crate::record::{Ceilings, CublasLt, Maybe};
 use crate::weights::HostTensor;
 use crate::weights::synthetic::Recipe;
 
@@ -130,6 +132,8 @@ pub struct BackendInfo {
     pub threads: usize,
     /// Where kernels run.
     pub kernels: Option<KernelInfo>,
+    /// The library that computes large products; else why there is none.
+    pub cublaslt: Maybe<CublasLt>,
 }
 
 /// How the kernels of a GPU came to be and are launched.
@@ -285,4 +289,13 @@ pub trait Backend {
 
     /// Fills the first values of a buffer, for tests of single operations.
     fn fill(&mut self, buf: &mut Self::Buf, values: &[f32]) -> anyhow::Result<()>;
+
+    /// Measures what the device can do at most; the memory that takes is given back. Who calls names the device.
+    ///
+    /// # Errors
+    /// When the device fails. Too little memory is a reason in the result, no error.
+    fn ceilings(&mut self, protocol: &peaks::Protocol) -> anyhow::Result<Ceilings> {
+        let _ = protocol;
+        Ok(Ceilings::missing("no_device"))
+    }
 }

@@ -11,6 +11,7 @@ use super::{
     AttnIn, Backend, BackendInfo, Batch, BufferUse, Head, Memory, MlpIn, PAGE_SIZE, Shape, TokenInput,
     WeightUse, stack,
 };
+use crate::record::Maybe;
 use crate::weights::HostTensor;
 
 /// Row-major values with a fixed row length.
@@ -94,7 +95,14 @@ impl Backend for Reference {
     const STEPS_IN_FLIGHT: usize = 0;
 
     fn info(&self) -> BackendInfo {
-        BackendInfo { name: "reference", compute_dtype: "f32", kv_dtype: "f32", threads: 1, kernels: None }
+        BackendInfo {
+            name: "reference",
+            compute_dtype: "f32",
+            kv_dtype: "f32",
+            threads: 1,
+            kernels: None,
+            cublaslt: Maybe::missing("not_cuda"),
+        }
     }
 
     fn shape(&self) -> &Shape {

@@ -6,7 +6,7 @@ use clap::ValueEnum;
 use super::{remark, usage};
 use crate::backend::cpu;
 use crate::backend::cuda::library::{self, Device};
-use crate::backend::{CpuDType, CudaDType, CudaOptions};
+use crate::backend::{BackendInfo, CpuDType, Cuda, CudaDType, CudaOptions, Gemm};
 
 /// Most threads that make sense to ask for.
 const MOST_THREADS: usize = 4096;
@@ -35,6 +35,27 @@ impl DType {
     }
 }
 
+/// What computes large products on cuda.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum GemmChoice {
+    /// cuBLASLt where it is found, else own kernels
+    Auto,
+    /// Own kernels for every product
+    Own,
+    /// cuBLASLt, or an error
+    Cublaslt,
+}
+
+impl From<GemmChoice> for Gemm {
+    fn from(choice: GemmChoice) -> Self {
+        match choice {
+            GemmChoice::Auto => Gemm::Auto,
+            GemmChoice::Own => Gemm::Own,
+            GemmChoice::Cublaslt => Gemm::CublasLt,
+        }
+    }
+}
+
 /// What the model runs on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::cmd) enum Target {
@@ -56,24 +77,48 @@ impl Target {
     /// `auto` is the first CUDA device that can run, else the CPU, and says why.
     ///
     /// # Errors
-    /// Usage errors: no such device name, or a type that the device does not compute in.
+    /// Usage errors: no such device name, a type that the device does not compute in, or a way of computing products
+    /// that does not fit the rest.
     pub(in crate::cmd) fn settle(
         device: &str,
         dtype: Option<DType>,
         deterministic: bool,
+        gemm: GemmChoice,
     ) -> anyhow::Result<Self> {
+        if deterministic && gemm == GemmChoice::Cublaslt {
+            return Err(usage(
+                "--deterministic computes all products by own kernels; expected --gemm auto or own with it",
+            ));
+        }
+        let target = Self::settle_device(
+            device,
+            dtype,
+            CudaOptions { deterministic, gemm: gemm.into(), ..CudaOptions::default() },
+        )?;
+        match (target, gemm) {
+            (Target::Cpu(_), GemmChoice::Own | GemmChoice::Cublaslt) => {
+                Err(usage("--gemm is for cuda; expected auto, or none, on cpu"))
+            }
+            _ => Ok(target),
+        }
+    }
+
+    fn settle_device(device: &str, dtype: Option<DType>, options: CudaOptions) -> anyhow::Result<Self> {
         let index = device.strip_prefix("cuda:").and_then(|index| index.parse::<u32>().ok());
         match (device, index) {
             ("cpu", _) => cpu(dtype),
-            (_, Some(index)) => cuda(index, dtype, deterministic),
+            (_, Some(index)) => cuda(index, dtype, options),
             ("auto", _) => match (dtype, first_usable()) {
                 (Some(DType::F32 | DType::Quantized), _) => cpu(dtype),
-                (_, Ok(index)) => cuda(index, dtype, deterministic),
+                (_, Ok(index)) => cuda(index, dtype, options),
                 (Some(DType::Bf16 | DType::F16), Err(reason)) => Err(usage(format!(
                     "--dtype bf16 and f16 are computed on cuda only, and there is no device for them: {reason}"
                 ))),
                 (None, Err(reason)) => {
-                    remark(&format!("device: cpu, since {reason}"));
+                    // Without a driver nobody expects a GPU.
+                    if library::is_present() {
+                        remark(&format!("device: cpu, since {reason}"));
+                    }
                     cpu(dtype)
                 }
             },
@@ -86,7 +131,7 @@ fn cpu(dtype: Option<DType>) -> anyhow::Result<Target> {
     Ok(Target::Cpu(dtype.unwrap_or(DType::F32).on_cpu()?))
 }
 
-fn cuda(index: u32, dtype: Option<DType>, deterministic: bool) -> anyhow::Result<Target> {
+fn cuda(index: u32, dtype: Option<DType>, options: CudaOptions) -> anyhow::Result<Target> {
     let dtype = match dtype {
         None | Some(DType::Bf16) => CudaDType::Bf16,
         Some(DType::F16) => CudaDType::F16,
@@ -96,7 +141,7 @@ fn cuda(index: u32, dtype: Option<DType>, deterministic: bool) -> anyhow::Result
             ));
         }
     };
-    Ok(Target::Cuda { index, options: CudaOptions { dtype, deterministic, ..CudaOptions::default() } })
+    Ok(Target::Cuda { index, options: CudaOptions { dtype, ..options } })
 }
 
 /// Memory of `cuda:index`, bytes.
@@ -118,6 +163,19 @@ fn first_usable() -> Result<u32, String> {
     }
 }
 
+/// Says when own kernels compute what a library was hoped for.
+pub(super) fn remark_products(info: &BackendInfo) {
+    let why = match info.cublaslt.reason() {
+        Some("cublaslt_not_found") => "was not found",
+        Some("cublaslt_unusable") => "was found and cannot be used",
+        _ => return,
+    };
+    remark(&format!(
+        "products of more than 64 rows: own kernels, since cuBLASLt {why} (--gemm cublaslt says more, --gemm own is \
+         silent)"
+    ));
+}
+
 /// # Errors
 /// When `--threads` is given and is no sensible number.
 pub(super) fn check_threads(threads: Option<usize>) -> anyhow::Result<()> {
@@ -137,6 +195,12 @@ pub(super) fn start_threads(threads: Option<usize>) -> anyhow::Result<()> {
     cpu::set_threads(threads.unwrap_or_else(cpu::default_threads))
 }
 
+/// Why nothing that this device computes is its speed.
+pub(super) fn not_a_measurement(cuda: &Cuda) -> Option<String> {
+    let is_emulated = cuda.properties().is_emulated();
+    is_emulated.then(|| "emulated GPU: a stand-in driver ran the kernels on the CPU".to_owned())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -144,7 +208,7 @@ mod tests {
 
     #[test]
     fn each_device_computes_in_its_own_types() {
-        let settle = |device, dtype| Target::settle(device, dtype, false);
+        let settle = |device, dtype| Target::settle(device, dtype, false, GemmChoice::Auto);
         assert_eq!(settle("cpu", None).unwrap(), Target::Cpu(CpuDType::F32));
         assert_eq!(settle("cpu", Some(DType::Quantized)).unwrap(), Target::Cpu(CpuDType::Quantized));
         assert_eq!(settle("auto", Some(DType::F32)).unwrap(), Target::Cpu(CpuDType::F32));
@@ -161,6 +225,31 @@ mod tests {
             ("cuda:-1", None),
         ] {
             assert!(settle(device, dtype).unwrap_err().is::<Usage>(), "{device} {dtype:?}");
+        }
+    }
+
+    #[test]
+    fn the_way_of_computing_products_fits_the_device_and_determinism() {
+        let settle = |device, deterministic, gemm| Target::settle(device, None, deterministic, gemm);
+        let gemm_of = |target| match target {
+            Target::Cuda { options, .. } => options.gemm,
+            Target::Cpu(_) => unreachable!("the CPU was not asked for"),
+        };
+        for (choice, gemm) in [
+            (GemmChoice::Auto, Gemm::Auto),
+            (GemmChoice::Own, Gemm::Own),
+            (GemmChoice::Cublaslt, Gemm::CublasLt),
+        ] {
+            assert_eq!(gemm_of(settle("cuda:0", false, choice).unwrap()), gemm);
+        }
+        assert!(settle("cpu", false, GemmChoice::Auto).is_ok());
+        assert!(settle("cuda:0", true, GemmChoice::Own).is_ok());
+        for (device, deterministic, gemm) in [
+            ("cuda:0", true, GemmChoice::Cublaslt),
+            ("cpu", false, GemmChoice::Cublaslt),
+            ("cpu", false, GemmChoice::Own),
+        ] {
+            assert!(settle(device, deterministic, gemm).unwrap_err().is::<Usage>(), "{device} {gemm:?}");
         }
     }
 }

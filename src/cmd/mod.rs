@@ -8,6 +8,8 @@ mod doctor;
 mod interrupt;
 mod model;
 mod models;
+mod peaks;
+mod price;
 mod progress;
 mod report;
 mod run;
@@ -35,6 +37,8 @@ pub const INTERRUPTED: u8 = 130;
     after_help = "Examples:\n  tokmeter run                              measure this machine with the default model\n  \
                   tokmeter run --batch 1,8 --depth 512      only decoding, at two batch sizes\n  \
                   tokmeter check                            is what this machine computes right\n  \
+                  tokmeter peaks                            what this device can do at most
+  \
                   tokmeter doctor                           what is here, what is missing, and the remedy\n  \
                   tokmeter report RECORD.json               a record as Markdown\n  \
                   tokmeter compare --baseline A.json --candidate B.json    is B slower than A\n\n\
@@ -51,6 +55,7 @@ enum Verb {
     Run(Box<run::Args>),
     Check(check::Args),
     Compare(Box<compare::Args>),
+    Peaks(peaks::Args),
     Doctor(doctor::Args),
     Models(models::Args),
     Validate(validate::Args),
@@ -100,6 +105,7 @@ pub fn execute() -> u8 {
         Verb::Run(args) => run::run(*args),
         Verb::Check(args) => check::run(args),
         Verb::Compare(args) => compare::run(*args),
+        Verb::Peaks(args) => peaks::run(args),
         Verb::Doctor(args) => doctor::run(args),
         Verb::Models(args) => models::run(args),
         Verb::Validate(args) => validate::run(args),

@@ -4,14 +4,15 @@ use std::path::PathBuf;
 
 use anyhow::Context as _;
 
+use super::price::PriceArgs;
 use crate::cmd::{bad_file, print, remark};
-use crate::record::{self, Record};
+use crate::record::{self, Maybe, Record};
 use crate::{analysis, report};
 
 /// Turn records into a Markdown document
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  tokmeter report tokmeter-cpu-20261122T101112Z.json\n  \
-    tokmeter report results/*/*.json --out report.md")]
+    tokmeter report results/*/*.json --out report.md\n  tokmeter report record.json --cost costs/rental-h100.toml")]
 pub struct Args {
     /// Record files
     #[arg(required = true, value_name = "FILE")]
@@ -19,6 +20,8 @@ pub struct Args {
     /// Write here instead of stdout
     #[arg(long, short, value_name = "FILE")]
     out: Option<PathBuf>,
+    #[command(flatten)]
+    price: PriceArgs,
     /// Also report records that say they are no measurement
     #[arg(long)]
     allow_not_a_measurement: bool,
@@ -27,11 +30,15 @@ pub struct Args {
 /// # Errors
 /// When a file is no record, or is one that says it is no measurement.
 pub fn run(args: Args) -> anyhow::Result<u8> {
-    let records: Vec<Record> = args
+    let price = args.price.settle()?;
+    let mut records: Vec<Record> = args
         .files
         .iter()
         .map(|path| read(path, args.allow_not_a_measurement))
         .collect::<anyhow::Result<_>>()?;
+    if let Some(model) = price {
+        records.iter_mut().for_each(|record| record.cost_model = Maybe::Value(model.clone()));
+    }
     let text = report::document(&records);
     match &args.out {
         None => print(&text)?,

@@ -11,6 +11,7 @@ use super::scheduler::{Scheduler, StepPlan};
 use super::{Engine, EngineInfo, EngineLimits, Request, StepOutput, SubmitError};
 use crate::backend::{BackendInfo, Batch, Memory};
 use crate::clock::Clock;
+use crate::record::Maybe;
 
 /// How long a step takes: the sum of the costs, times `slowdown`, times the session's and the step's own noise.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -178,6 +179,7 @@ impl Engine for FakeEngine {
                 kv_dtype: "none",
                 threads: 1,
                 kernels: None,
+                cublaslt: Maybe::missing("not_cuda"),
             },
             limits: self.scheduler.limits(),
             vocab_size: self.scheduler.vocab_size(),

@@ -24,6 +24,7 @@ pub use share::CpuSnapshot;
 use std::path::{Path, PathBuf};
 
 use crate::backend::cuda::library;
+use crate::backend::peaks::HostMemory;
 use crate::record::machine::Machine;
 
 /// Where the files that describe the machine are; tests point it at a tree of their own.
@@ -49,6 +50,21 @@ impl Default for Roots {
     fn default() -> Self {
         Roots::under("/")
     }
+}
+
+/// What probes of the host's memory must know: cache and available memory, within the control group's limit.
+pub fn host_memory(roots: &Roots) -> HostMemory {
+    let available = memory::collect(roots).available_bytes;
+    let limit = limits::collect(roots).cgroup_memory_bytes.into_value().unwrap_or(u64::MAX);
+    HostMemory {
+        last_level_cache_bytes: cpu::collect(roots).last_level_cache_bytes,
+        available_bytes: available.map(|bytes| bytes.min(limit)),
+    }
+}
+
+/// What the processor calls itself.
+pub fn cpu_name(roots: &Roots) -> String {
+    cpu::collect(roots).model.into_value().unwrap_or_else(|| "unknown processor".to_owned())
 }
 
 /// Describes the machine and this program. Hashes the executable and asks the CUDA driver for its devices, without

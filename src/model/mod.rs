@@ -2,6 +2,7 @@
 //! weights. Knows architectures, not devices and not requests.
 
 pub mod check;
+pub mod op_times;
 
 use anyhow::{Context as _, bail};
 

@@ -4,6 +4,9 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+/// Stands for a field that an older file lacks; never written.
+const NOT_RECORDED: &str = "not_recorded";
+
 /// A value, or why there is none.
 // `Missing` stands first because an untagged enum takes the first variant that fits, and a map would fit anything.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -26,9 +29,14 @@ impl<T> Maybe<T> {
         Maybe::Missing(Missing { missing: reason.into() })
     }
 
-    /// What a file of an earlier version lacks.
-    pub fn not_recorded() -> Self {
-        Self::missing("not_recorded")
+    /// How a field is read that the program which wrote the file did not know.
+    pub(super) fn not_recorded() -> Self {
+        Self::missing(NOT_RECORDED)
+    }
+
+    /// Such a field is left out again when the file is copied, so that it keeps its hash.
+    pub(super) fn is_not_recorded(&self) -> bool {
+        self.reason() == Some(NOT_RECORDED)
     }
 
     pub fn value(&self) -> Option<&T> {

@@ -2,8 +2,12 @@
 //! function of such files. Units end every field's name, a value that could not be had is `{"missing": reason}`, and
 //! nothing that can be derived (rates, joules per token, prices per token) is stored. FORMAT.md describes every field.
 
+mod ceilings;
 mod cell;
+mod cost;
+mod cublaslt;
 mod histogram;
+pub mod identities;
 pub mod machine;
 mod maybe;
 mod redact;
@@ -17,10 +21,13 @@ use serde::{Deserialize, Serialize};
 
 use machine::{Interference, Machine};
 
+pub use ceilings::{Ceiling, Ceilings};
 pub use cell::{
-    Cell, Check, ClockEvents, Clocks, Drain, Energy, Outcome, RequestRow, Run, Steady, Temperature, Warmup,
-    Window, WindowEnd, Workload,
+    Cell, Check, ClockEvents, Clocks, DeviceEnergy, Drain, Energy, Outcome, RequestRow, Run, Steady,
+    Temperature, Warmup, Window, WindowEnd, Workload,
 };
+pub use cost::{Amount, Converted, CostMode, CostModel, Currency, EnergyPrice, ExchangeRate, Usage};
+pub use cublaslt::{Chosen, CublasLt, TunedProduct};
 pub use histogram::{Latency, LatencyHistogram, merge as merge_histograms};
 pub use maybe::{Maybe, Missing};
 pub use redact::{hashed_identity, redacted};
@@ -63,8 +70,14 @@ pub struct Record {
     pub meter: Meter,
     pub cost_model: Maybe<CostModel>,
     /// Whether the device computes what it should, on the weights of a real model.
-    #[serde(default = "Maybe::<Numerics>::not_recorded")]
+    #[serde(default = "Maybe::<Numerics>::not_recorded", skip_serializing_if = "Maybe::is_not_recorded")]
     pub numerics: Maybe<Numerics>,
+    /// What each device can do at most, measured before the first cell.
+    #[serde(
+        default = "Maybe::<Vec<Ceilings>>::not_recorded",
+        skip_serializing_if = "Maybe::is_not_recorded"
+    )]
+    pub ceilings: Maybe<Vec<Ceilings>>,
     /// In the order they were measured.
     pub cells: Vec<Cell>,
 }
@@ -174,6 +187,9 @@ pub struct Engine {
     /// Type of activations and products: `f32`, `quantized`, `bf16`, …
     pub compute_dtype: String,
     pub kv_dtype: String,
+    /// The library that computes products of many rows; else why our own kernels do.
+    #[serde(default = "Maybe::<CublasLt>::not_recorded", skip_serializing_if = "Maybe::is_not_recorded")]
+    pub cublaslt: Maybe<CublasLt>,
     /// CPU threads that compute.
     pub threads: u32,
     /// Sequences in one step at most.
@@ -197,7 +213,7 @@ pub struct Engine {
     pub clock_overhead_ns: f64,
     /// From opening the weights to a ready engine, ns.
     pub load_ns: u64,
-    #[serde(default = "Maybe::<Kernels>::not_recorded")]
+    #[serde(default = "Maybe::<Kernels>::not_recorded", skip_serializing_if = "Maybe::is_not_recorded")]
     pub kernels: Maybe<Kernels>,
 }
 
@@ -238,17 +254,47 @@ pub struct Numerics {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Meter {
+    /// `nvml_total_energy`, `nvml_power_integrated`, `nvml_module`, `rapl`, `hwmon`, `external` or `replay`
     pub source: Maybe<String>,
+    /// What is inside its reading: `gpu`, `module`, `package` or `node`. Different scopes must not be compared.
+    #[serde(default = "Maybe::<String>::not_recorded")]
+    pub scope: Maybe<String>,
+    #[serde(default = "Maybe::<Vec<MeteredDevice>>::not_recorded")]
+    pub devices: Maybe<Vec<MeteredDevice>>,
+    /// Relative error that all readings of one sensor share: its gain.
+    #[serde(default = "Maybe::<f64>::not_recorded")]
+    pub systematic_share: Maybe<f64>,
+    /// The file of an external or replayed trace.
+    #[serde(default = "Maybe::<FileRecord>::not_recorded")]
+    pub trace: Maybe<FileRecord>,
+    /// Power before this program touched the device.
+    #[serde(default = "Maybe::<IdlePower>::not_recorded")]
+    pub idle_no_context: Maybe<IdlePower>,
+    /// Power with the weights resident and nothing running.
+    #[serde(default = "Maybe::<IdlePower>::not_recorded")]
+    pub idle_context_resident: Maybe<IdlePower>,
 }
 
-/// A price that was given for this run. Amounts are decimal text, never floating point.
+/// One device that the sensor reads.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub struct CostModel {
-    /// Price of one device for one hour, decimal.
-    pub price_per_device_hour: String,
-    /// ISO 4217, such as `USD`.
-    pub currency: String,
-    /// `command_line` or the file it came from.
-    pub source: String,
+pub struct MeteredDevice {
+    /// `cuda:0`, `package-0`, …
+    pub device: String,
+    /// The energy counter's update period, measured before the first cell.
+    pub update_period_ns: Maybe<u64>,
+    /// Power limit in force.
+    pub power_limit_w: Maybe<f64>,
+    /// Somebody else's work is in the reading: the device is partitioned or has other processes on it.
+    pub shared: Maybe<bool>,
+}
+
+/// Power of all metered devices together while nothing ran.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct IdlePower {
+    pub power_w: f64,
+    /// Half-width of the mean.
+    pub uncertainty_w: f64,
+    pub duration_ns: u64,
 }

@@ -66,7 +66,21 @@ pub fn csv(summary: &Summary) -> String {
     for latency in latencies {
         titles.extend(["count", "p50_ns", "p90_ns", "p99_ns"].map(|part| format!("{latency}_{part}")));
     }
-    titles.extend(["tokens_per_joule", "tokens_per_money", "currency", "flags"].map(str::to_owned));
+    titles.extend(
+        [
+            "mbu_share",
+            "mfu_share",
+            "tokens_per_joule",
+            "joules_per_token",
+            "power_w",
+            "energy_uncertainty_ratio",
+            "net_tokens_per_joule",
+            "tokens_per_money",
+            "currency",
+            "flags",
+        ]
+        .map(str::to_owned),
+    );
     let mut text = titles.join(",") + "\n";
     for cell in &summary.cells {
         text.push_str(&csv_fields(summary, cell).join(","));
@@ -97,7 +111,18 @@ fn csv_fields(summary: &Summary, cell: &CellSummary) -> Vec<String> {
     for quantiles in [&cell.ttft, &cell.itl, &cell.tpot, &cell.e2e, &cell.step] {
         fields.extend(quantile_fields(quantiles));
     }
-    fields.push(number(cell.tokens_per_joule.value().copied()));
+    fields.push(number(cell.mbu_share.value().copied()));
+    fields.push(number(cell.mfu_share.value().copied()));
+    let energy = &cell.energy;
+    for value in [
+        &energy.tokens_per_joule,
+        &energy.joules_per_token,
+        &energy.power_w,
+        &energy.energy_uncertainty_ratio,
+        &energy.net_tokens_per_joule,
+    ] {
+        fields.push(number(value.value().copied()));
+    }
     fields.push(number(cell.tokens_per_money.value().copied()));
     fields.push(summary.currency.value().cloned().unwrap_or_default());
     fields.push(cell.flags.len().to_string());

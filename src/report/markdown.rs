@@ -1,6 +1,6 @@
 //! Records as Markdown, for a repository or a ticket.
 
-use super::{notes, row, titles};
+use super::{DASH, notes, row, titles};
 use crate::analysis::{Summary, summarize};
 use crate::record::{Maybe, Record};
 use crate::units::format_bytes;
@@ -73,17 +73,42 @@ fn machine(record: &Record) -> String {
 
 /// The table and its notes.
 pub fn section(summary: &Summary) -> String {
-    let titles = titles(&summary.currency);
+    let titles = titles(summary);
     let mut text = format!("| {} |\n|---|{}\n", titles.join(" | "), "--:|".repeat(titles.len() - 1));
     for cell in &summary.cells {
-        text.push_str(&format!("| {} |\n", row(cell).join(" | ")));
+        text.push_str(&format!("| {} |\n", row(summary, cell).join(" | ")));
     }
-    let notes = notes(&summary.cells);
+    text.push_str(&costs(summary));
+    let notes = notes(summary);
     if !notes.is_empty() {
         text.push('\n');
     }
     for note in notes {
         text.push_str(&format!("- {note}\n"));
+    }
+    text
+}
+
+/// What a million tokens cost, where there is a price.
+fn costs(summary: &Summary) -> String {
+    let Some(currency) = summary.currency.value() else { return String::new() };
+    let number = |value: &Maybe<f64>| value.value().map_or(DASH.to_owned(), |value| format!("{value:.4}"));
+    let mut text = format!(
+        "\n| {currency} per Mtok | output | input | all | energy in output | output at 60 % use | at 30 % |\n\
+         |---|--:|--:|--:|--:|--:|--:|\n"
+    );
+    for cell in &summary.cells {
+        let Some(cost) = cell.cost.value() else { continue };
+        let [_, (_, at_60), (_, at_30)] = &cost.per_mtok_output_at;
+        let amounts = [
+            &cost.per_mtok_output,
+            &cost.per_mtok_input,
+            &cost.per_mtok_total,
+            &cost.energy_per_mtok_output,
+            at_60,
+            at_30,
+        ];
+        text.push_str(&format!("| {} | {} |\n", cell.key, amounts.map(number).join(" | ")));
     }
     text
 }

@@ -10,15 +10,15 @@ use crate::analysis::Summary;
 pub fn table(summary: &Summary) -> String {
     let mut table = Table::new();
     table.load_style(NOTHING).set_content_arrangement(ContentArrangement::Disabled);
-    table.set_header(titles(&summary.currency));
+    table.set_header(titles(summary));
     for cell in &summary.cells {
-        table.add_row(row(cell));
+        table.add_row(row(summary, cell));
     }
     for column in table.column_iter_mut().skip(1) {
         column.set_cell_alignment(CellAlignment::Right);
     }
     let mut text = format!("{}\n\n{}\n", heading(summary), trimmed(&table.to_string()));
-    let notes = notes(&summary.cells);
+    let notes = notes(summary);
     if !notes.is_empty() {
         text.push('\n');
     }

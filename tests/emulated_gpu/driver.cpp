@@ -6,10 +6,13 @@
 //       tests/emulated_gpu/driver.cpp -o libcuda.so.1            (-g -fsanitize=address: out of bounds at the kernel's
 //       line, with LD_PRELOAD=libasan; -DEMU_OLD_DRIVER: no symbol newer than CUDA 12.2)
 //
-// Kernels are found by name, whatever the image. Settings, all environment variables:
+// Kernels are found by name, whatever the image. A stand-in library (cublaslt.cpp) queues its own work with emu_queue,
+// which a graph captures like a kernel, and asks emu_is_device what is device memory. Settings, all environment variables:
 //   EMU_ORDER forward | reverse | seed · EMU_NO_DEVICE=1 · EMU_MEMORY_BYTES (512 MiB) · EMU_OTHER_BYTES: held by someone
 //   else · EMU_COMPUTE_CAPABILITY (90) · EMU_MULTIPROCESSORS (4) · EMU_DRIVER_VERSION (13000; 12020 with EMU_OLD_DRIVER) ·
-//   EMU_LOSE_AFTER=n: the device fails at the n-th kernel · EMU_TRACE=1: each operation as it runs, to stderr
+//   EMU_LOSE_AFTER=n: the device fails at the n-th embed · EMU_L2_BYTES (16384: probes of the memory stay small) ·
+//   EMU_TRACE=1: each operation as it runs, to stderr · EMU_NAME: of the device (one without `emulated` is given compiled
+//   kernels, whose code is ignored) · EMU_MODULE_ERROR=code: the answer to every image
 #include <mutex>
 #include <set>
 #include <tuple>
@@ -24,6 +27,7 @@
 #include "peaks.cu"
 #include "rope.cu"
 #include "sample.cu"
+#include "silu.cu"
 #include "synthetic.cu"
 
 namespace {
@@ -46,6 +50,8 @@ constexpr Name NAMES[] = {
     {200, "CUDA_ERROR_INVALID_IMAGE", "device kernel image is invalid"},
     {201, "CUDA_ERROR_INVALID_CONTEXT", "invalid device context"},
     {400, "CUDA_ERROR_INVALID_HANDLE", "invalid resource handle"},
+    {209, "CUDA_ERROR_NO_BINARY_FOR_GPU", "no kernel image is available for execution on the device"},
+    {222, "CUDA_ERROR_UNSUPPORTED_PTX_VERSION", "the provided PTX was compiled with an unsupported toolchain."},
     {500, "CUDA_ERROR_NOT_FOUND", "named symbol not found"},
     {600, "CUDA_ERROR_NOT_READY", "device not ready"},
     {701, "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES", "too many resources requested for launch"},
@@ -122,7 +128,7 @@ struct State {
     std::recursive_mutex lock;
     bool initialized = false;
     int lost = 0;  // sticky
-    u64 kernels_run = 0, allocated = 0;
+    u64 embeds_run = 0, allocated = 0;
     std::map<u64, size_t> memory;
     std::map<void*, size_t> pinned;
     std::set<Stream*> streams;
@@ -153,7 +159,8 @@ void drain(Stream& stream) {
             if (tracing()) fprintf(stderr, "emulated GPU: %s\n", stream.waiting.front().launch.name.c_str());
             launches.push_back(std::move(stream.waiting.front().launch));
             stream.waiting.pop_front();
-            if (++state().kernels_run == setting("EMU_LOSE_AFTER", 0)) {
+            const bool is_embed = launches.back().name.rfind("embed", 0) == 0;
+            if (is_embed && ++state().embeds_run == setting("EMU_LOSE_AFTER", 0)) {
                 state().lost = LAUNCH_FAILED;
                 return;
             }
@@ -239,7 +246,7 @@ int attribute(int which) {
         case 16: return int(setting("EMU_MULTIPROCESSORS", 4));
         case 36: return 1000000;                      // memory clock, kHz
         case 37: return 64;                           // bus width, bits
-        case 38: return 4 << 20;                      // L2
+        case 38: return int(setting("EMU_L2_BYTES", 16 << 10));
         case 39: return 2048;                         // threads per multiprocessor
         case 40: return 2;
         case 41: return 1;
@@ -284,7 +291,8 @@ API cuDriverGetVersion(int* version) { return *version = int(setting("EMU_DRIVER
 API cuDeviceGetCount(int* count) { return *count = 1, state().initialized ? SUCCESS : NOT_INITIALIZED; }
 API cuDeviceGet(int* device, int ordinal) { return *device = ordinal, !state().initialized ? NOT_INITIALIZED : ordinal == 0 ? SUCCESS : INVALID_DEVICE; }
 API cuDeviceGetName(char* name, int size, int) {
-    snprintf(name, size_t(size), "emulated GPU (sm_%d)", capability());
+    if (const char* given = getenv("EMU_NAME")) snprintf(name, size_t(size), "%s", given);
+    else snprintf(name, size_t(size), "emulated GPU (sm_%d)", capability());
     return SUCCESS;
 }
 API cuDeviceGetUuid(unsigned char* uuid, int) { return memset(uuid, 0xE0, 16), SUCCESS; }
@@ -533,6 +541,7 @@ API cuGraphDestroy(void* graph) { return delete static_cast<Graph*>(graph), SUCC
 // ---- Modules and launches -----------------------------------------------------------------------------------------
 API cuModuleLoadData(void** module, const void* image) {
     NEEDS_CONTEXT;
+    if (int error = int(setting("EMU_MODULE_ERROR", 0))) return error;
     if (!image || !*static_cast<const char*>(image)) return INVALID_IMAGE;
     *module = new char;
     return SUCCESS;
@@ -602,6 +611,19 @@ API cuLaunchKernelEx(const LaunchConfig* c, void* function, void** arguments, vo
     return launch(static_cast<Function*>(function), {c->gx, c->gy, c->gz}, {c->bx, c->by, c->bz}, c->shared, c->stream, arguments, pdl);
 }
 
+// ---- For stand-in libraries ---------------------------------------------------------------------------------------
+API emu_queue(void* stream, const char* name, const std::function<void()>& work) {
+    NEEDS_CONTEXT;
+    return queue(stream, {[text = std::string(name), work] {
+        if (tracing()) fprintf(stderr, "emulated GPU: %s\n", text.c_str());
+        work();
+    }, {}});
+}
+API emu_is_device(u64 address, size_t bytes) {
+    std::lock_guard guard(state().lock);
+    return is_device_range(address, bytes);
+}
+
 // ---- Errors and the rest ------------------------------------------------------------------------------------------
 API cuGetErrorName(int code, const char** name) {
     for (const Name& n : NAMES)
@@ -612,6 +634,11 @@ API cuGetErrorString(int code, const char** text) {
     for (const Name& n : NAMES)
         if (n.code == code) return *text = n.text, SUCCESS;
     return *text = nullptr, INVALID_VALUE;
+}
+/// NVRTC asks for tables of private functions, without looking at the result: each begins with its size, and has none.
+API cuGetExportTable(const void** table, const void*) {
+    static const size_t empty[] = {sizeof(size_t)};
+    return *table = empty, SUCCESS;
 }
 API cuProfilerStart() { return SUCCESS; }
 API cuProfilerStop() { return SUCCESS; }

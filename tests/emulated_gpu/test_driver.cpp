@@ -126,6 +126,25 @@ void cases() {
     EXPECT(cuGraphExecDestroy(executable), 0);
     d.x = x, d.table = table;
 
+    current_case() = "work of a stand-in library";
+    int ran = 0;
+    EXPECT(emu_queue(d.stream, "work", [&] { ran++; }), 0);
+    EXPECT(ran, 0);
+    EXPECT(cuStreamSynchronize(d.stream), 0);
+    EXPECT(ran, 1);
+    EXPECT(cuStreamBeginCapture_v2(d.stream, 1), 0);
+    EXPECT(emu_queue(d.stream, "work", [&] { ran++; }), 0);
+    EXPECT(cuStreamEndCapture(d.stream, &graph), 0);
+    EXPECT(cuGraphInstantiateWithFlags(&executable, graph, 0), 0);
+    EXPECT(cuGraphDestroy(graph), 0);
+    for (int replay = 0; replay < 2; replay++) EXPECT(cuGraphLaunch(executable, d.stream), 0);
+    EXPECT(ran, 1);
+    EXPECT(cuStreamSynchronize(d.stream), 0);
+    EXPECT(ran, 3);
+    EXPECT(cuGraphExecDestroy(executable), 0);
+    EXPECT(emu_is_device(d.x, 256) && emu_is_device(d.x + 200, 56), 1);
+    EXPECT(emu_is_device(d.x + 200, 57) || emu_is_device(reinterpret_cast<u64>(&ran), 4), 0);
+
     current_case() = "what a capture may not do";
     EXPECT(cuStreamBeginCapture_v2(d.stream, 1), 0);
     EXPECT(cuMemAlloc_v2(&address, 16), CAPTURE_UNSUPPORTED);
@@ -134,7 +153,7 @@ void cases() {
     EXPECT(cuStreamEndCapture(d.stream, &graph), CAPTURE_UNMATCHED);
 
     current_case() = "a lost device";
-    setenv("EMU_LOSE_AFTER", std::to_string(state().kernels_run + 1).c_str(), 1);
+    setenv("EMU_LOSE_AFTER", std::to_string(state().embeds_run + 1).c_str(), 1);
     step(d);
     EXPECT(cuStreamSynchronize(d.stream), LAUNCH_FAILED);
     EXPECT(cuMemAlloc_v2(&address, 16), LAUNCH_FAILED);

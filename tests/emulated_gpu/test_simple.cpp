@@ -1,4 +1,4 @@
-// embed, rms_norm, rope_kv, sample, synthetic, peaks against plain code in double precision (or, where the
+// embed, rms_norm, rope_kv, sample, silu_mul, synthetic, peaks against plain code in double precision (or, where the
 // definition says so, to the bit).
 #include "harness.h"
 
@@ -7,6 +7,7 @@
 #include "peaks.cu"
 #include "rope.cu"
 #include "sample.cu"
+#include "silu.cu"
 #include "synthetic.cu"
 
 using namespace test;
@@ -157,6 +158,23 @@ void test_sample(int rows, int vocab, int chunks, int threads, int kind) {
 }
 
 template <class T>
+void test_silu(void (*kernel)(T*, const T*, int), int n, int f) {
+    std::string name = text("silu_mul_%s", NAME<T>);
+    current_case() = text("%s n=%d f=%d", name.c_str(), n, f);
+    Buffer<T> in(size_t(n) * 2 * f), out(size_t(n) * f);
+    in.random(3.0f);
+    in[0] = narrow<T>(-60.0f), in[f - 1] = narrow<T>(60.0f);  // both ends of the sigmoid
+    launch(name.c_str(), {unsigned(n), unsigned(f + 2047) / 2048}, 256, 0, {in}, [&] { kernel(out.get(), in.get(), f); });
+    for (int t = 0; t < n; t++) {
+        for (int i = 0; i < f; i++) {
+            double gate = wide(in[size_t(t) * 2 * f + i]), up = wide(in[size_t(t) * 2 * f + f + i]);
+            double want = gate / (1 + std::exp(-gate)) * up;
+            close(name, size_t(t) * f + i, wide(out[size_t(t) * f + i]), want, std::fabs(want) * (HALF_ULP<T> + 1e-5) + 1e-7);
+        }
+    }
+}
+
+template <class T>
 void test_synthetic(void (*kernel)(T*, u64, float, float, u64, u64), u64 first, u64 count) {
     current_case() = text("synthetic_%s first=%llu count=%llu", NAME<T>, first, count);
     Buffer<T> out(count);
@@ -192,7 +210,45 @@ void test_peaks(u64 vectors) {
     launch("empty", {1}, 32, 0, {}, [] { empty(); });
 }
 
+/// The product of the fragments as the instruction set's manual lays them out: a is row-major, b column-major, and
+/// element (row, column) of the 16 x 8 result is in thread (row % 8) * 4 + column / 2.
+template <class T>
+void test_mma_peak(void (*kernel)(float*, u32, int), int rounds) {
+    std::string name = text("mma_peak_%s", NAME<T>);
+    current_case() = text("%s rounds=%d", name.c_str(), rounds);
+    const int blocks = 2, threads = 64;
+    const u32 seed = 77;
+    Buffer<float> sums(blocks * threads);
+    launch(name.c_str(), {blocks}, threads, 0, {}, [&] { kernel(sums.get(), seed, rounds); });
+    auto mixed = [](u64 z) {
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+        return z ^ (z >> 31);
+    };
+    for (int warp = 0; warp < blocks * threads / 32; warp++) {
+        auto value = [&](int lane, int index, int half) {
+            u64 bits = mixed(mixed(u64(seed) << 32 | u64(warp * 32 + lane)) + u64(index + 1) * 0x9E3779B97F4A7C15ull);
+            return double(wide(narrow<T>(float(int(u32(half ? bits >> 32 : bits) | 1u)) / 2147483648.0f)));
+        };
+        for (int lane = 0; lane < 32; lane++) {
+            double want = 0, size = 0;
+            for (int chain = 0; chain < 8; chain++) {
+                for (int v = 0; v < 4; v++) {
+                    const int row = lane / 4 + (v >> 1) * 8, column = (lane % 4) * 2 + (v & 1);
+                    for (int k = 0; k < 16; k++) {
+                        double a = value((row % 8) * 4 + k % 8 / 2, row / 8 + k / 8 * 2, k & 1);
+                        double b = value(column * 4 + k % 8 / 2, 4 + 2 * chain + k / 8, k & 1);
+                        want += rounds * a * b, size += rounds * std::fabs(a * b);
+                    }
+                }
+            }
+            close(name, warp * 32 + lane, sums[warp * 32 + lane], want, size * 1e-5);
+        }
+    }
+}
+
 void cases() {
+    for (auto [n, f] : {std::pair{1, 8}, {3, 2048}, {2, 2056}, {5, 576}, {70, 104}}) test_silu(silu_mul_bf16, n, f), test_silu(silu_mul_f16, n, f);
     for (auto [n, d] : {std::pair{1, 8}, {5, 576}, {3, 2056}, {2, 4096}}) {
         test_embed(embed_bf16, n, d), test_embed(embed_f16, n, d);
         for (bool gather : {false, true}) test_norm(rms_norm_bf16, n, d, gather), test_norm(rms_norm_f16, n, d, gather);
@@ -205,5 +261,6 @@ void cases() {
     }
     for (u64 first : {0ull, 123456789012ull}) test_synthetic(synthetic_bf16, first, 3001), test_synthetic(synthetic_f16, first, 1000), test_synthetic(synthetic_f32, first, 777);
     test_peaks(300), test_peaks(512 * 8 + 77), test_peaks(512 * 19);
+    for (int rounds : {1, 5}) test_mma_peak<Bf16>(mma_peak_bf16, rounds), test_mma_peak<F16>(mma_peak_f16, rounds);
 }
 int main(int argc, char** argv) { return main_of(argc, argv, cases); }

@@ -9,6 +9,7 @@ use tokmeter::arch::{Architecture, Config, Rope, RopeScaling, TensorRole};
 use tokmeter::backend::*;
 use tokmeter::clock::Clock;
 use tokmeter::model::{Model, shape_of};
+use tokmeter::record::Maybe;
 use tokmeter::weights::{HostTensor, StoredDType, Weights, WeightsInfo};
 
 pub(crate) const VOCAB: usize = 97;
@@ -103,7 +104,14 @@ impl<const IN_FLIGHT: usize> Backend for HashBackend<IN_FLIGHT> {
     const STEPS_IN_FLIGHT: usize = IN_FLIGHT;
 
     fn info(&self) -> BackendInfo {
-        BackendInfo { name: "hash", compute_dtype: "u64", kv_dtype: "u64", threads: 1, kernels: None }
+        BackendInfo {
+            name: "hash",
+            compute_dtype: "u64",
+            kv_dtype: "u64",
+            threads: 1,
+            kernels: None,
+            cublaslt: Maybe::missing("not_cuda"),
+        }
     }
 
     fn shape(&self) -> &Shape {

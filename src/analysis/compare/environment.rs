@@ -304,6 +304,19 @@ fn values<'a>(arm: &[&'a Sample], path: &str) -> BTreeSet<&'a str> {
     arm.iter().filter_map(|sample| value(&sample.facts, path)).collect()
 }
 
+/// Branches whose entries come and go; any other field is absent only where a version did not know it.
+const LISTS: [&str; 5] = [
+    "machine.env",
+    "machine.cpu.mitigations",
+    "machine.software.libraries",
+    "model.weights.stored_bytes",
+    "engine.kernels.origins",
+];
+
+fn is_listed(path: &str) -> bool {
+    path.contains('[') || LISTS.iter().any(|list| is_below(path, list))
+}
+
 /// The fact at `path`; where a whole branch is missing, its reason; none where `path` is a branch here.
 fn value<'a>(facts: &'a [Fact], path: &str) -> Option<&'a str> {
     let at = |place: &str| facts.binary_search_by(|fact| fact.path.as_str().cmp(place));
@@ -314,7 +327,8 @@ fn value<'a>(facts: &'a [Fact], path: &str) -> Option<&'a str> {
     }
     let above = path.rmatch_indices(['.', '[']).map(|(end, _)| &path[..end]);
     let missing = above.filter_map(|place| at(place).ok()).next();
-    Some(missing.map_or(ABSENT, |index| facts[index].value.as_str()))
+    let absent = if is_listed(path) { ABSENT } else { NOT_RECORDED };
+    Some(missing.map_or(absent, |index| facts[index].value.as_str()))
 }
 
 fn is_below(path: &str, branch: &str) -> bool {

@@ -6,6 +6,7 @@
 
 mod attention;
 mod blocks;
+mod peaks;
 mod product;
 mod vector;
 mod weight;
@@ -16,11 +17,13 @@ use rayon::prelude::*;
 use self::attention::LayerKv;
 use self::product::product;
 pub use self::weight::CpuWeight;
+use super::peaks::Protocol;
 use super::sampling::{self, SampleQueue};
 use super::{
     AttnIn, Backend, BackendInfo, Batch, BufferUse, Head, Memory, MlpIn, Shape, StepKey, TokenInput,
     WeightUse,
 };
+use crate::record::{Ceilings, Maybe};
 use crate::weights::HostTensor;
 
 /// Rows of an elementwise operation that one thread takes at least.
@@ -228,8 +231,14 @@ impl Backend for Cpu {
             CpuDType::F32 => "f32",
             CpuDType::Quantized => "quantized",
         };
-        let threads = rayon::current_num_threads();
-        BackendInfo { name: "cpu", compute_dtype, kv_dtype: "f32", threads, kernels: None }
+        BackendInfo {
+            name: "cpu",
+            compute_dtype,
+            kv_dtype: "f32",
+            threads: rayon::current_num_threads(),
+            kernels: None,
+            cublaslt: Maybe::missing("not_cuda"),
+        }
     }
 
     fn shape(&self) -> &Shape {
@@ -392,5 +401,9 @@ impl Backend for Cpu {
     fn fill(&mut self, buf: &mut CpuBuf, values: &[f32]) -> anyhow::Result<()> {
         buf.0[..values.len()].copy_from_slice(values);
         Ok(())
+    }
+
+    fn ceilings(&mut self, protocol: &Protocol) -> anyhow::Result<Ceilings> {
+        peaks::ceilings(protocol)
     }
 }

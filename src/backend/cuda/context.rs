@@ -30,12 +30,7 @@ pub struct Properties {
 impl Properties {
     /// The stand-in driver of the tests, not hardware.
     pub fn is_emulated(&self) -> bool {
-        self.name.contains("emulated")
-    }
-
-    /// A part of a card (multi-instance GPU).
-    pub fn is_mig(&self) -> bool {
-        self.name.contains(" MIG ")
+        library::is_emulated(&self.name)
     }
 
     /// Whether a kernel may start while its predecessor ends.
@@ -95,6 +90,11 @@ impl Context {
         check("cuCtxSetCurrent", unsafe { sys::cuCtxSetCurrent(self.raw) })
     }
 
+    /// Size of the L2 cache, bytes.
+    pub(super) fn l2_bytes(&self) -> Result<u64, CudaError> {
+        attribute(self.device, Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE).map(u64::from)
+    }
+
     /// Free and total device memory, bytes.
     #[allow(unsafe_code)]
     pub fn memory(&self) -> Result<(u64, u64), CudaError> {
@@ -138,22 +138,25 @@ fn find(index: u32) -> anyhow::Result<sys::CUdevice> {
 }
 
 #[allow(unsafe_code)]
+fn attribute(device: sys::CUdevice, which: Attribute) -> Result<u32, CudaError> {
+    let mut value = 0i32;
+    // SAFETY: `device` comes from `cuDeviceGet`, and `value` outlives the call.
+    check("cuDeviceGetAttribute", unsafe { sys::cuDeviceGetAttribute(&raw mut value, which, device) })
+        .map(|()| value.unsigned_abs())
+}
+
 fn properties(device: sys::CUdevice) -> anyhow::Result<Properties> {
-    let attribute = |which: Attribute| {
-        let mut value = 0;
-        // SAFETY: `device` comes from `cuDeviceGet`, and `value` outlives the call.
-        check("cuDeviceGetAttribute", unsafe { sys::cuDeviceGetAttribute(&raw mut value, which, device) })
-            .map(|()| value)
-    };
     let described = library::describe(device, device);
     Ok(Properties {
         name: described.name?,
         uuid: described.uuid.unwrap_or_else(|_| "unknown".to_owned()),
         compute_capability: described.compute_capability?,
-        multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?.unsigned_abs(),
+        multiprocessors: attribute(device, Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
         total_bytes: described.memory_bytes?,
-        shared_bytes_per_block: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?
-            .unsigned_abs(),
+        shared_bytes_per_block: attribute(
+            device,
+            Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
+        )?,
         driver_cuda_version: library::cuda_version()?,
     })
 }
@@ -209,7 +212,7 @@ impl Drop for Stream {
     }
 }
 
-/// A mark in a stream that the host can wait for.
+/// A mark in a stream that the host can wait for, or that tells when it was passed.
 #[derive(Debug)]
 pub struct Event {
     _context: Arc<Context>,
@@ -222,11 +225,20 @@ unsafe impl Send for Event {}
 
 impl Event {
     /// Without a time stamp: recording it costs the device nothing.
-    #[allow(unsafe_code)]
     pub fn new(context: &Arc<Context>) -> Result<Self, CudaError> {
+        Self::with_flags(context, sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)
+    }
+
+    /// With a time stamp of the device.
+    pub fn timed(context: &Arc<Context>) -> Result<Self, CudaError> {
+        Self::with_flags(context, sys::CUevent_flags::CU_EVENT_DEFAULT)
+    }
+
+    #[allow(unsafe_code)]
+    fn with_flags(context: &Arc<Context>, flags: sys::CUevent_flags) -> Result<Self, CudaError> {
         context.bind()?;
         let mut raw = std::ptr::null_mut();
-        let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
+        let flags = flags as u32;
         // SAFETY: a context is current; `raw` outlives the call.
         check("cuEventCreate", unsafe { sys::cuEventCreate(&raw mut raw, flags) })?;
         Ok(Event { _context: Arc::clone(context), raw })
@@ -239,12 +251,36 @@ impl Event {
         check("cuEventRecord", unsafe { sys::cuEventRecord(self.raw, stream.raw) })
     }
 
+    /// Nanoseconds of the device from `begin` to this mark; both are [`Event::timed`] and were passed.
+    #[allow(unsafe_code)]
+    pub fn ns_since(&self, begin: &Event) -> Result<u64, CudaError> {
+        let mut ms = 0.0f32;
+        // SAFETY: the function was looked up under its name, and has this type; both events live.
+        check("cuEventElapsedTime", unsafe { elapsed_time()?(&raw mut ms, begin.raw, self.raw) })?;
+        Ok((f64::from(ms) * 1e6) as u64)
+    }
+
     /// Waits until the mark is passed; at once when it was never recorded.
     #[allow(unsafe_code)]
     pub fn synchronize(&self) -> Result<(), CudaError> {
         // SAFETY: the event lives.
         check("cuEventSynchronize", unsafe { sys::cuEventSynchronize(self.raw) })
     }
+}
+
+type ElapsedTime = unsafe extern "C" fn(*mut f32, sys::CUevent, sys::CUevent) -> sys::CUresult;
+
+/// The call's first version, which is in every driver. The bindings know only the second, which is newer than the
+/// oldest driver that we run on.
+#[allow(unsafe_code)]
+fn elapsed_time() -> Result<ElapsedTime, CudaError> {
+    // SAFETY: the driver is present: an event exists. The symbol has the type that the driver's interface gives it.
+    let symbol = unsafe { sys::culib().get::<ElapsedTime>(b"cuEventElapsedTime\0") };
+    symbol.map(|function| *function).map_err(|error| CudaError {
+        call: "cuEventElapsedTime".to_owned(),
+        name: "CUDA_ERROR_NOT_FOUND".to_owned(),
+        text: error.to_string(),
+    })
 }
 
 impl Drop for Event {
@@ -280,10 +316,9 @@ mod tests {
 
     #[test]
     fn a_slice_and_an_emulated_device_are_told_from_a_card() {
-        assert!(device("NVIDIA A100-SXM4-40GB MIG 1g.5gb", (8, 0), 13_000).is_mig());
+        assert!(library::is_slice("NVIDIA A100-SXM4-40GB MIG 1g.5gb") && !library::is_slice("NVIDIA B200"));
         assert!(device("emulated GPU (sm_90)", (9, 0), 13_000).is_emulated());
-        let card = device("NVIDIA B200", (10, 0), 13_000);
-        assert!(!card.is_mig() && !card.is_emulated());
+        assert!(!device("NVIDIA B200", (10, 0), 13_000).is_emulated());
     }
 
     #[test]

@@ -22,19 +22,30 @@ use crate::weights::HostTensor;
 /// Words of a batch's description at first; it grows.
 const STAGING_WORDS: usize = 1 << 14;
 
+/// What computes products of more than 64 rows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Gemm {
+    /// cuBLASLt where it is there, else our own kernels.
+    #[default]
+    Auto,
+    Own,
+    CublasLt,
+}
+
 /// How the backend computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CudaOptions {
     pub dtype: CudaDType,
     /// The same bits for a sequence whatever else is in the batch, at some cost.
     pub deterministic: bool,
+    pub gemm: Gemm,
     /// Capture decode steps as graphs and replay them.
     pub graphs: bool,
 }
 
 impl Default for CudaOptions {
     fn default() -> Self {
-        CudaOptions { dtype: CudaDType::Bf16, deterministic: false, graphs: true }
+        CudaOptions { dtype: CudaDType::Bf16, deterministic: false, gemm: Gemm::Auto, graphs: true }
     }
 }
 
@@ -86,7 +97,8 @@ impl Cuda {
     /// Opens `cuda:index` for a model of this shape.
     ///
     /// # Errors
-    /// When there is no such device, the driver is too old, the kernels cannot be had, or do not support the shape.
+    /// When there is no such device, the driver is too old, the kernels or a library that is asked for cannot be had, or
+    /// the kernels do not support the shape.
     pub fn new(index: u32, shape: Shape, options: CudaOptions) -> anyhow::Result<Self> {
         supports(&shape)?;
         let context = Context::open(index)?;
@@ -94,7 +106,7 @@ impl Cuda {
         let queue = Queue::new(Stream::new(&context)?);
         let stream = Arc::clone(&queue.stream);
         let mut cuda = Cuda {
-            products: Products::new(&queue, &shape, options.deterministic)?,
+            products: Products::new(&queue, &shape, options)?,
             attention: Attention::new(&queue, options.deterministic)?,
             staging: Staging::new(&stream, STAGING_WORDS)?,
             samples: Samples::new(&stream, 1)?,

@@ -14,7 +14,7 @@ pub(super) const HEAD_DIMS: [usize; 6] = [16, 32, 64, 96, 128, 256];
 pub(super) const MAX_GROUP: usize = 16;
 
 /// What a product does with its sums.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) enum Epilogue {
     /// `y = `, f32
     Store,
@@ -24,8 +24,18 @@ pub(super) enum Epilogue {
     Silu,
 }
 
-const EPILOGUES: [(Epilogue, &str); 3] =
-    [(Epilogue::Store, "store_f32"), (Epilogue::Residual, "residual"), (Epilogue::Silu, "silu")];
+impl Epilogue {
+    /// In kernel names and in records.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Epilogue::Store => "store_f32",
+            Epilogue::Residual => "residual",
+            Epilogue::Silu => "silu",
+        }
+    }
+}
+
+const EPILOGUES: [Epilogue; 3] = [Epilogue::Store, Epilogue::Residual, Epilogue::Silu];
 
 #[derive(Debug)]
 pub(super) struct Kernels {
@@ -33,6 +43,7 @@ pub(super) struct Kernels {
     pub(super) rms_norm: Kernel,
     stream: [Kernel; 3],
     tiled: [Kernel; 3],
+    pub(super) silu_mul: Kernel,
     pub(super) rope_kv: Kernel,
     pub(super) decode: Kernel,
     pub(super) decode_shared_bytes: u32,
@@ -59,9 +70,10 @@ impl Kernels {
         let (embed, norm, rope) =
             (loader.module(compile::EMBED)?, loader.module(compile::NORM)?, loader.module(compile::ROPE)?);
         let (gemm, attention) = (loader.module(compile::GEMM)?, loader.module(compile::ATTENTION)?);
-        let (sample, synthetic) = (loader.module(compile::SAMPLE)?, loader.module(compile::SYNTHETIC)?);
+        let (sample, silu) = (loader.module(compile::SAMPLE)?, loader.module(compile::SILU)?);
+        let synthetic = loader.module(compile::SYNTHETIC)?;
         let products = |kind: &str| -> anyhow::Result<[Kernel; 3]> {
-            let [a, b, c] = EPILOGUES.map(|(_, name)| gemm.kernel(format!("gemm_{kind}_{t}_{name}")));
+            let [a, b, c] = EPILOGUES.map(|e| gemm.kernel(format!("gemm_{kind}_{t}_{}", e.name())));
             Ok([a?, b?, c?])
         };
         let kernels = Kernels {
@@ -69,6 +81,7 @@ impl Kernels {
             rms_norm: norm.kernel(format!("rms_norm_{t}"))?,
             stream: products("stream")?,
             tiled: products("tiled")?,
+            silu_mul: silu.kernel(format!("silu_mul_{t}"))?,
             rope_kv: rope.kernel(format!("rope_kv_{t}"))?,
             decode: attention.kernel(format!("attention_decode_{t}_{head_dim}"))?,
             decode_shared_bytes: match head_dim {
@@ -106,6 +119,34 @@ impl Kernels {
     /// For any number of rows.
     pub(super) fn tiled(&self, epilogue: Epilogue) -> &Kernel {
         &self.tiled[epilogue as usize]
+    }
+}
+
+/// The kernels that measure the device itself.
+#[derive(Debug)]
+pub(super) struct PeakKernels {
+    pub(super) read_bandwidth: Kernel,
+    pub(super) copy_bandwidth: Kernel,
+    pub(super) empty: Kernel,
+    pub(super) mma_peak: Kernel,
+    /// Fills a buffer of the type.
+    pub(super) random: Kernel,
+}
+
+impl PeakKernels {
+    /// # Errors
+    /// As for [`Kernels::load`].
+    pub(super) fn load(context: &Arc<Context>, dtype: CudaDType) -> anyhow::Result<Self> {
+        let mut loader =
+            Loader { context, compiler: Compiler::new(context.properties())?, origins: Vec::new() };
+        let (peaks, synthetic) = (loader.module(compile::PEAKS)?, loader.module(compile::SYNTHETIC)?);
+        Ok(PeakKernels {
+            read_bandwidth: peaks.kernel("read_bandwidth".to_owned())?,
+            copy_bandwidth: peaks.kernel("copy_bandwidth".to_owned())?,
+            empty: peaks.kernel("empty".to_owned())?,
+            mma_peak: peaks.kernel(format!("mma_peak_{}", dtype.name()))?,
+            random: synthetic.kernel(format!("synthetic_{}", dtype.name()))?,
+        })
     }
 }
 

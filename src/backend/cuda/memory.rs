@@ -120,6 +120,25 @@ impl<T: Element> DeviceBuffer<T> {
         Ok(())
     }
 
+    /// Queues copies of the first `elements` to all that follows, again and again.
+    ///
+    /// # Errors
+    /// When the driver refuses.
+    #[allow(unsafe_code)]
+    pub(super) fn repeat(&self, stream: &Stream, elements: usize) -> Result<(), CudaError> {
+        let mut filled = elements;
+        while filled > 0 && filled < self.length {
+            let bytes = filled.min(self.length - filled) * size_of::<T>();
+            let to = self.address + (filled * size_of::<T>()) as u64;
+            // SAFETY: both ranges lie in this buffer and do not overlap: the second begins where the first ends.
+            check("cuMemcpyDtoDAsync_v2", unsafe {
+                sys::cuMemcpyDtoDAsync_v2(to, self.address, bytes, stream.raw())
+            })?;
+            filled *= 2;
+        }
+        Ok(())
+    }
+
     /// Queues a copy of `first..first + elements` to the start of `to`, which must not be read before it is done.
     ///
     /// # Errors

@@ -1,15 +1,16 @@
 //! The CUDA backend: our kernels (`kernels/*.cu`), compiled for the very device, launched in one stream. From below:
 //! `library`/`preload` find the software, `error` names what fails, `context`, `memory`, `module` and `launch` own one
-//! driver object each, `compile`/`cubins`/`nvrtc` make images, `staging` brings a batch to the device, `kernels` is the
-//! table of entries, and `ops` puts them together as a [`super::Backend`]. All `unsafe` code of the crate that computes
+//! driver object each, `compile`/`cache`/`nvrtc` make images, `staging` brings a batch to the device, `kernels` is the
+//! table of entries, `cublaslt` takes the large products where it is there, and `ops` puts them together as a [`super::Backend`]. All `unsafe` code of the crate that computes
 //! is in this folder.
 
 mod attend;
 mod buffers;
+mod cache;
 mod compile;
 mod context;
 mod convert;
-mod cubins;
+mod cublaslt;
 mod device;
 mod error;
 mod generate;
@@ -20,6 +21,7 @@ mod memory;
 mod module;
 mod nvrtc;
 mod ops;
+mod peaks;
 mod preload;
 mod products;
 mod queue;
@@ -27,8 +29,8 @@ mod samples;
 mod staging;
 
 pub use buffers::{CudaBuf, CudaKv, CudaWeight};
-pub use compile::{Origin, architecture, has_prebuilt_kernels};
+pub use compile::{Origin, architecture, embedded_architectures};
 pub use context::Properties;
 pub use convert::CudaDType;
-pub use device::{Cuda, CudaOptions, supports};
+pub use device::{Cuda, CudaOptions, Gemm, supports};
 pub use error::{CudaError, OutOfMemory, is_device_error};

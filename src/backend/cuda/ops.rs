@@ -15,10 +15,12 @@ use super::module::Graph;
 use super::products::Product;
 use super::queue::{Mode, bucket};
 use super::staging::Staged;
+use crate::backend::peaks::Protocol;
 use crate::backend::{
     AttnIn, Backend, BackendInfo, Batch, BufferUse, Head, Memory, MlpIn, Shape, StepKey, TokenInput,
     WeightUse,
 };
+use crate::record::Ceilings;
 use crate::weights::HostTensor;
 use crate::weights::synthetic::Recipe;
 
@@ -150,8 +152,14 @@ impl Backend for Cuda {
 
     fn info(&self) -> BackendInfo {
         let dtype = self.options.dtype.name();
-        let kernels = Some(self.kernel_info());
-        BackendInfo { name: "cuda", compute_dtype: dtype, kv_dtype: dtype, threads: 1, kernels }
+        BackendInfo {
+            name: "cuda",
+            compute_dtype: dtype,
+            kv_dtype: dtype,
+            threads: 1,
+            kernels: Some(self.kernel_info()),
+            cublaslt: self.products.record(),
+        }
     }
 
     fn shape(&self) -> &Shape {
@@ -419,6 +427,10 @@ impl Backend for Cuda {
                 fill(&mut self.transfer, stream, to, values, |value| dtype.bits(value))
             }
         }
+    }
+
+    fn ceilings(&mut self, protocol: &Protocol) -> anyhow::Result<Ceilings> {
+        self.measured_ceilings(protocol)
     }
 }
 

@@ -4,6 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
+use super::context::Properties;
 use super::library::{self, Found, SEARCH_VARIABLE};
 
 /// Libraries loaded so far, so that each is loaded once.
@@ -32,6 +33,36 @@ pub(super) fn nvrtc(driver_cuda_version: i32) -> anyhow::Result<Option<PathBuf>>
         );
     }
     Ok(chosen.map(Path::to_path_buf))
+}
+
+/// cuBLASLt is nowhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "cuBLASLt (libcublasLt.so) was not found in {SEARCH_VARIABLE}, CUDA_HOME, CUDA_PATH, /usr/local/cuda, Python \
+     packages, CONDA_PREFIX, LD_LIBRARY_PATH and the system's folders\nhint: pip install nvidia-cublas, name its \
+     folder in {SEARCH_VARIABLE}, or use --gemm own"
+)]
+pub(super) struct NoCublasLt;
+
+/// Makes cuBLASLt ready to be called. The emulated device takes only one that was named for it: NVIDIA's would look for
+/// a real device.
+///
+/// # Errors
+/// [`NoCublasLt`], or when it cannot be loaded.
+#[allow(unsafe_code)]
+pub(super) fn cublaslt(device: &Properties) -> anyhow::Result<()> {
+    let mut found = library::search(Path::new("/"), &|name| std::env::var_os(name));
+    if device.is_emulated() {
+        found.retain(|file| file.rule == SEARCH_VARIABLE);
+    }
+    let chosen = choose(&found, "libcublasLt.so", device.driver_cuda_version / 1000);
+    if let Some(chosen) = chosen {
+        load(chosen)?;
+    }
+    let may_look = chosen.is_some() || !device.is_emulated();
+    // SAFETY: loads the library that a product would load.
+    let is_present = may_look && unsafe { cudarc::cublaslt::sys::is_culib_present() };
+    if is_present { Ok(()) } else { Err(NoCublasLt.into()) }
 }
 
 /// The preferred file of `library`: the first whose major version the driver knows, else the first.

@@ -1,11 +1,15 @@
-//! Matrix products: which kernel, how many blocks, and the workspace in which blocks that share a tile meet.
+//! Matrix products: which kernel (or library) computes them, in how many blocks, and the workspace in which blocks that
+//! share a tile meet.
 
 use super::context::Properties;
+use super::cublaslt::Large;
+use super::device::CudaOptions;
 use super::kernels::{Epilogue, Kernels};
 use super::launch::{Grid, at, int};
 use super::memory::DeviceBuffer;
 use super::queue::Queue;
 use crate::backend::Shape;
+use crate::record::{CublasLt, Maybe};
 
 /// Most rows of activations that the streaming kernel takes at once.
 pub(super) const STREAM_ROWS: usize = 64;
@@ -37,6 +41,7 @@ pub(super) struct Products {
     blocks: usize,
     /// Bit-identical sums whatever the number of rows: always the streaming kernel, by 64 rows.
     deterministic: bool,
+    large: Large,
     /// f32 `[2 blocks, TILE * STREAM_ROWS]`
     workspace: DeviceBuffer<f32>,
     /// i32 `[tiles]`, zero between kernels
@@ -77,7 +82,7 @@ impl Product {
 
 impl Products {
     /// Room for every product of a model of this shape.
-    pub(super) fn new(queue: &Queue, shape: &Shape, deterministic: bool) -> anyhow::Result<Self> {
+    pub(super) fn new(queue: &Queue, shape: &Shape, options: CudaOptions) -> anyhow::Result<Self> {
         let blocks = stream_blocks(queue.stream.context().properties());
         let widest = (shape.q_size() + 2 * shape.kv_size())
             .max(shape.hidden_size)
@@ -86,19 +91,42 @@ impl Products {
         let what = "matrix products";
         Ok(Products {
             blocks,
-            deterministic,
+            deterministic: options.deterministic,
+            large: Large::new(&queue.stream, options)?,
             workspace: DeviceBuffer::new(&queue.stream, 2 * blocks * TILE * STREAM_ROWS, what)?,
             tickets: DeviceBuffer::zeroed(&queue.stream, widest.div_ceil(TILE) + 1, what)?,
         })
     }
 
     pub(super) fn bytes(&self) -> u64 {
-        self.workspace.bytes() + self.tickets.bytes()
+        self.workspace.bytes() + self.tickets.bytes() + self.large.bytes()
     }
 
-    pub(super) fn queue(&self, queue: &mut Queue, kernels: &Kernels, product: Product) -> anyhow::Result<()> {
+    /// The library that computes products of many rows; else why our kernels do.
+    pub(super) fn record(&self) -> Maybe<CublasLt> {
+        self.large.record()
+    }
+
+    /// Which implementation runs `product`, for the record.
+    pub(super) fn by(&self, product: &Product) -> &'static str {
+        let is_large = product.rows > STREAM_ROWS && !self.deterministic;
+        match &self.large {
+            Large::Library(_) if is_large => "cublaslt",
+            _ => "own",
+        }
+    }
+
+    pub(super) fn queue(
+        &mut self,
+        queue: &mut Queue,
+        kernels: &Kernels,
+        product: Product,
+    ) -> anyhow::Result<()> {
         if product.rows > STREAM_ROWS && !self.deterministic {
-            return self.tiled(queue, kernels, product);
+            return match &mut self.large {
+                Large::Library(library) => library.queue(queue, kernels, product),
+                Large::Own(_) => self.tiled(queue, kernels, product),
+            };
         }
         for first in (0..product.rows).step_by(STREAM_ROWS) {
             self.stream(queue, kernels, product.rows(first, STREAM_ROWS.min(product.rows - first)))?;

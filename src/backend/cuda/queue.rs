@@ -9,6 +9,9 @@ use super::context::Stream;
 use super::launch::{Argument, Grid, launch};
 use super::module::{Graph, Kernel};
 
+/// Stands in notes where a launch has its kernel's address.
+const LIBRARY: u64 = 0;
+
 /// How launches are treated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Mode {
@@ -55,6 +58,19 @@ impl Queue {
             unsafe { launch(&self.stream, kernel, grid, arguments) }?;
         }
         Ok(())
+    }
+
+    /// Queues, or only notes, work of a library: `note` holds all that tells it from other work.
+    pub(super) fn work(
+        &mut self,
+        note: &[u64],
+        work: impl FnOnce(&Stream) -> anyhow::Result<()>,
+    ) -> anyhow::Result<()> {
+        if self.mode != Mode::Queue {
+            self.notes.push(LIBRARY);
+            self.notes.extend_from_slice(note);
+        }
+        if self.mode != Mode::Rehearse { work(&self.stream) } else { Ok(()) }
     }
 
     /// Starts taking notes.

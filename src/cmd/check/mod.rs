@@ -8,7 +8,7 @@ use std::path::PathBuf;
 
 use clap::ValueEnum;
 
-use super::device::{self, DType, Target};
+use super::device::{self, DType, GemmChoice, Target};
 use super::{FAILED, print};
 
 /// Check what this device computes against the reference, or dump log-probabilities of given texts
@@ -39,6 +39,9 @@ pub struct Args {
     /// On cuda: the same output bits for a sequence whatever else is in the batch, at some cost
     #[arg(long)]
     deterministic: bool,
+    /// On cuda: what computes products of more than 64 rows [auto: cuBLASLt where it is found]
+    #[arg(long, value_enum, default_value_t = GemmChoice::Auto)]
+    gemm: GemmChoice,
     /// CPU threads that compute [default: the cores this process may use]
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
@@ -74,7 +77,7 @@ enum Format {
 /// # Errors
 /// When nothing could be checked. A check that fails is a result, and only changes the exit code.
 pub fn run(args: Args) -> anyhow::Result<u8> {
-    let target = Target::settle(&args.device, args.dtype, args.deterministic)?;
+    let target = Target::settle(&args.device, args.dtype, args.deterministic, args.gemm)?;
     device::check_threads(args.threads)?;
     device::start_threads(args.threads)?;
     if let Some(file) = &args.prompts {

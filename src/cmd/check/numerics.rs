@@ -11,7 +11,7 @@ use crate::backend::check::{OpCheck, check_ops};
 use crate::backend::{
     Backend, BackendInfo, Cpu, CpuDType, Cuda, CudaDType, CudaOptions, Reference, Shape, cuda,
 };
-use crate::cmd::device::Target;
+use crate::cmd::device::{Target, remark_products};
 use crate::cmd::model::{config_of, locate, name_of};
 use crate::cmd::progress::FetchBar;
 use crate::cmd::{bad_file, usage};
@@ -19,6 +19,7 @@ use crate::model::check::{
     ForwardCheck, check_forward, check_invariance, check_log_probabilities, check_same_bits,
 };
 use crate::model::shape_of;
+use crate::record::{CublasLt, Maybe};
 use crate::weights::registry::DEFAULT_MODEL;
 use crate::weights::slice::{Slice, shallow};
 use crate::weights::synthetic::Synthetic;
@@ -37,6 +38,8 @@ pub(super) struct Report {
     backend: &'static str,
     compute_dtype: &'static str,
     threads: usize,
+    /// What computed products of more than 64 rows: a library, or the backend's own code where there is none.
+    large_products: Option<String>,
     /// Whose shapes the forward pass has.
     model: String,
     /// `synthetic`, or the format of the file.
@@ -122,20 +125,22 @@ fn check_on<B: Backend>(
         _ => Box::new(synthetic(args)?),
     };
     let slice = Slice::new(weights.as_ref(), LAYERS, VOCAB_SIZE);
+    let info = candidate(shape_of(slice.config()))?.info();
+    remark_products(&info);
     let mut ops = Vec::new();
     for stored in stored_dtypes(&slice, target)? {
         ops.extend(grouped(&check_ops(reference, &candidate, stored, &supports)?, stored));
     }
     let forward = check_forward(reference, &candidate, &slice)?;
     let forward: Vec<Forward> = forward.into_iter().map(Forward::from).collect();
-    let BackendInfo { name: backend, compute_dtype, threads, .. } =
-        candidate(shape_of(slice.config()))?.info();
+    let BackendInfo { name: backend, compute_dtype, threads, .. } = info;
     let passed = ops.iter().all(|op| op.passed) && forward.iter().all(|way| way.passed);
     Ok(Report {
         device: target.to_string(),
         backend,
         compute_dtype,
         threads,
+        large_products: large_products(&info.cublaslt),
         model: name_of(model),
         weights: weights.info().format,
         ops,
@@ -150,6 +155,10 @@ fn model_of(args: &Args) -> &str {
 
 fn synthetic(args: &Args) -> anyhow::Result<Synthetic> {
     Ok(Synthetic::new(shallow(&config_of(model_of(args))?, LAYERS, VOCAB_SIZE), SEED))
+}
+
+fn large_products(cublaslt: &Maybe<CublasLt>) -> Option<String> {
+    cublaslt.value().map(|library| format!("cuBLASLt {} from {} rows", library.version, library.least_rows))
 }
 
 fn reference(shape: Shape) -> anyhow::Result<Reference> {
@@ -267,11 +276,12 @@ impl Report {
 
     pub(super) fn table(&self) -> String {
         let mut text = format!(
-            "{} · {} on {}, {} threads, against the reference\n\n{}\n",
+            "{} · {} on {}, {} threads{}, against the reference\n\n{}\n",
             self.backend,
             self.compute_dtype,
             self.device,
             self.threads,
+            self.large_products.as_ref().map_or(String::new(), |library| format!(", {library}")),
             self.ops_table()
         );
         for op in &self.ops {
@@ -377,6 +387,7 @@ mod tests {
             backend: "cpu",
             compute_dtype: "f32",
             threads: 2,
+            large_products: None,
             model: "tiny".to_owned(),
             weights: "synthetic",
             ops,

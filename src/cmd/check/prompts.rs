@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::Args;
 use crate::backend::cuda::is_device_error;
 use crate::backend::{Backend, Cpu, Cuda};
-use crate::cmd::device::Target;
+use crate::cmd::device::{Target, remark_products};
 use crate::cmd::model::{locate, tokenizer_of};
 use crate::cmd::progress::{FetchBar, byte_bar, step_bar};
 use crate::cmd::{bad_file, print, remark, usage};
@@ -113,6 +113,7 @@ struct Scorer<'a> {
 impl Scorer<'_> {
     /// The whole output, one line for each prompt.
     fn score_all<B: Backend>(&self, mut backend: B) -> anyhow::Result<String> {
+        remark_products(&backend.info());
         let model = self.load(&mut backend)?;
         let (top, greedy) = (self.args.top.unwrap_or(DEFAULT_TOP), self.args.greedy.unwrap_or(0));
         let bar = step_bar("scoring", self.prompts.len() as u64);

@@ -4,6 +4,7 @@
 mod choices;
 mod model;
 mod numerics;
+mod power;
 mod record;
 mod start;
 mod view;
@@ -16,11 +17,13 @@ use clap::ValueEnum;
 
 use crate::clock::{Clock, file_stamp_utc};
 use crate::machine::Roots;
-use crate::record::{Cell, Outcome, Record, Status, Store, check_place};
+use crate::meter::{Choice, PowerMeter};
+use crate::record::{Cell, Outcome, Record, Status, Store, Workload, check_place};
 use crate::runner::{self, Stage, Witness};
 use crate::{analysis, report};
 
-use super::device::DType;
+use super::device::{DType, GemmChoice};
+use super::price::PriceArgs;
 use super::{FAILED, INTERRUPTED, interrupt, print, remark, usage};
 use choices::Choices;
 use view::View;
@@ -39,6 +42,7 @@ use view::View;
     Examples:\n  \
     tokmeter run\n  \
     tokmeter run --suite standard --price-per-gpu-hour \"2.50 USD\"\n  \
+    tokmeter run --suite standard --cost costs/owned-8-gpu-server.toml --currency EUR\n  \
     tokmeter run -m smollm2-135m --dtype quantized --batch 1..16*2 --depth 128,512\n  \
     tokmeter run -m ./model.gguf --concurrency 4 --isl 64 --osl 32 --format csv\n  \
     tokmeter run --weights synthetic -m llama-3.2-1b --batch 1 --isl 128 --dry-run"
@@ -64,6 +68,9 @@ pub struct Args {
     /// On cuda: the same output bits for a sequence whatever else is in the batch, at some cost
     #[arg(long)]
     deterministic: bool,
+    /// On cuda: what computes products of more than 64 rows [auto: cuBLASLt where it is found]
+    #[arg(long, value_enum, default_value_t = GemmChoice::Auto)]
+    gemm: GemmChoice,
     /// CPU threads that compute [default: the cores this process may use]
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
@@ -103,9 +110,17 @@ pub struct Args {
     /// Memory for keys and values, such as 512MiB [default: what the largest cell needs, or what is free]
     #[arg(long, value_name = "SIZE")]
     kv_memory: Option<String>,
-    /// Price of one device for one hour, such as "2.50 USD"
-    #[arg(long, value_name = "PRICE", allow_hyphen_values = true)]
-    price_per_gpu_hour: Option<String>,
+    #[command(flatten)]
+    price: PriceArgs,
+    /// Power sensor: auto, none, nvml, rapl, hwmon, replay:FILE or csv:FILE
+    #[arg(long, value_name = "SENSOR", default_value = "auto")]
+    power: Choice,
+    /// A cell without undoubted energy fails; windows last 10 s at least
+    #[arg(long)]
+    require_energy: bool,
+    /// Measure power before the start and with the weights resident, for so long each
+    #[arg(long, value_name = "SECONDS", default_value_t = 0.0)]
+    idle_seconds: f64,
     /// Name of this session (a boot and driver load), for comparing
     #[arg(long, value_name = "LABEL")]
     session: Option<String>,
@@ -158,15 +173,19 @@ pub fn run(args: Args) -> anyhow::Result<u8> {
     check_out(args.out.as_deref())?;
     let stop = interrupt::on_signal()?;
     let view = View::new(Arc::clone(&stop));
+    let mut meter = power::open(&choices)?;
     let mut started = start::start(&choices, &stop, &view)?;
+    power::observe_idle(&choices, &mut meter, &started.clock);
     let clock = started.clock.clone();
     let out = args.out.unwrap_or_else(|| {
         let device = choices.subject.to_string().replace(':', "");
         PathBuf::from(format!("tokmeter-{device}-{}.json", file_stamp_utc(clock.unix_ns())))
     });
-    let mut record = record::open(&choices, &started);
+    let mut record = record::open(&choices, &started, &meter);
     let store = Store::create(out, &record)?;
-    measure_all(&choices, &mut started, &mut record, &store, &view, &stop)?;
+    let mut bench =
+        Bench { choices: &choices, started: &mut started, meter: &mut meter, view: &view, stop: &stop };
+    bench.measure_all(&mut record, &store)?;
     view.finish();
     print(&rendered(&record, args.format)?)?;
     remark(&format!("record: {}", store.path().display()));
@@ -187,44 +206,56 @@ fn check_out(out: Option<&Path>) -> anyhow::Result<()> {
     }
 }
 
-/// Measures every cell, saving the record after each; stops early at a signal.
-fn measure_all(
-    choices: &Choices,
-    started: &mut start::Started,
-    record: &mut Record,
-    store: &Store,
-    view: &View,
-    stop: &AtomicBool,
-) -> anyhow::Result<()> {
-    for (index, workload) in choices.cells.iter().enumerate() {
-        if let Some(why) = started.obstacle(choices, workload) {
-            remark(&format!("skipped {}: {why}", workload.key()));
-            record.cells.push(Cell::skipped(*workload, choices.subject.to_string(), why));
-            continue;
+/// Everything that measuring needs, settled and started.
+struct Bench<'a> {
+    choices: &'a Choices,
+    started: &'a mut start::Started,
+    meter: &'a mut PowerMeter,
+    view: &'a View,
+    stop: &'a AtomicBool,
+}
+
+impl Bench<'_> {
+    /// Measures every cell, saving the record after each; stops early at a signal.
+    fn measure_all(&mut self, record: &mut Record, store: &Store) -> anyhow::Result<()> {
+        for (index, workload) in self.choices.cells.iter().enumerate() {
+            if let Some(why) = self.started.obstacle(self.choices, workload) {
+                remark(&format!("skipped {}: {why}", workload.key()));
+                record.cells.push(Cell::skipped(*workload, self.choices.subject.to_string(), why));
+                continue;
+            }
+            let cell = self.measure(index, workload);
+            record.meter = self.meter.record();
+            let interrupted = cell.outcome == Outcome::Interrupted;
+            record.cells.push(cell);
+            record::update_engine(record, self.started);
+            if interrupted {
+                record.status = Status::Interrupted;
+                break;
+            }
+            store.save(record)?;
         }
+        record::close(record, &self.started.clock);
+        store.save(record)
+    }
+
+    fn measure(&mut self, index: usize, workload: &Workload) -> Cell {
+        let (choices, view) = (self.choices, self.view);
         let mut on_run = |run, runs| view.run_begins(choices, index, run, runs);
         let mut stage = Stage {
-            engine: started.engine.as_mut(),
-            clock: started.clock.clone(),
-            witness: witness_for(&started.clock),
-            stop,
+            engine: self.started.engine.as_mut(),
+            clock: self.started.clock.clone(),
+            witness: witness_for(&self.started.clock).metered(self.meter),
+            stop: self.stop,
             device: choices.subject.to_string(),
             on_run: &mut on_run,
         };
         let cell = runner::measure(&mut stage, workload, &choices.protocol);
-        let interrupted = cell.outcome == Outcome::Interrupted;
-        record.cells.push(cell);
-        if interrupted {
-            record.status = Status::Interrupted;
-            break;
-        }
-        store.save(record)?;
+        if choices.require_energy { power::require_energy(cell) } else { cell }
     }
-    record::close(record, &started.clock);
-    store.save(record)
 }
 
-fn witness_for(clock: &Clock) -> Witness {
+fn witness_for(clock: &Clock) -> Witness<'static> {
     match clock {
         Clock::Monotonic { .. } => Witness::new(Roots::default()),
         Clock::Scripted(_) => Witness::blind(),
@@ -247,6 +278,6 @@ fn exit_code(record: &Record) -> u8 {
         return INTERRUPTED;
     }
     let failed = record.cells.iter().any(|cell| matches!(cell.outcome, Outcome::Failed { .. }));
-    let broken = !crate::record::violations(record).is_empty();
+    let broken = !crate::record::violations(record).is_empty() || !analysis::violations(record).is_empty();
     if failed || broken { FAILED } else { 0 }
 }

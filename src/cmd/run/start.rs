@@ -8,6 +8,7 @@ use super::numerics;
 use super::view::View;
 use crate::arch::{self, Config};
 use crate::backend::cuda::is_device_error;
+use crate::backend::peaks::Protocol;
 use crate::backend::{Backend, Cpu, Cuda, CudaOptions};
 use crate::clock::Clock;
 use crate::cmd::device::{self, Target};
@@ -16,10 +17,16 @@ use crate::cmd::{Interrupted, bad_file, usage};
 use crate::engine::{
     Engine, EngineLimits, FakeEngine, FakeScript, LlmEngine, check_batch_fits, pages_for, pages_needed,
 };
+use crate::machine::{Roots, host_memory};
 use crate::model::{Model, shape_of};
-use crate::record::{Maybe, Numerics, WeightsRecord, WeightsSource, Workload};
+use crate::record::{Ceilings, Maybe, Numerics, WeightsRecord, WeightsSource, Workload};
 use crate::units::format_bytes;
+use crate::weights::Weights;
 
+/// Time for each probe of the device, ns.
+const PROBE_NS: u64 = 150_000_000;
+/// No repetition of a probe begins later, ns.
+const PROBES_NS: u64 = 2_500_000_000;
 /// Sequences that an open loop may have in the engine at once.
 const OPEN_LOOP_BATCH: usize = 64;
 
@@ -34,6 +41,7 @@ pub(super) struct Started {
     /// Bytes of one page of keys and values; 0 where there are none.
     pub(super) page_bytes: u64,
     pub(super) numerics: Maybe<Numerics>,
+    pub(super) ceilings: Maybe<Vec<Ceilings>>,
     /// Why the record is none of this machine's speed.
     pub(super) not_a_measurement: Option<String>,
 }
@@ -46,9 +54,13 @@ pub(super) fn start(choices: &Choices, stop: &AtomicBool, view: &View) -> anyhow
         Subject::Model(Target::Cpu(dtype)) => {
             start_llm(choices, stop, view, |config| Ok(Cpu::new(shape_of(config), dtype)), |_| None)
         }
-        Subject::Model(Target::Cuda { index, options }) => {
-            start_llm(choices, stop, view, |config| open_cuda(index, options, config), not_a_measurement)
-        }
+        Subject::Model(Target::Cuda { index, options }) => start_llm(
+            choices,
+            stop,
+            view,
+            |config| open_cuda(index, options, config),
+            device::not_a_measurement,
+        ),
     }
 }
 
@@ -57,11 +69,6 @@ fn open_cuda(index: u32, options: CudaOptions, config: &Config) -> anyhow::Resul
     let cuda = Cuda::new(index, shape_of(config), options)?;
     cuda.expect_room(arch::parameters(config) * size_of::<u16>() as u64, "the model")?;
     Ok(cuda)
-}
-
-fn not_a_measurement(cuda: &Cuda) -> Option<String> {
-    let is_emulated = cuda.properties().is_emulated();
-    is_emulated.then(|| "emulated GPU: a stand-in driver ran the kernels on the CPU".to_owned())
 }
 
 fn start_fake(choices: &Choices, script: &FakeScript) -> anyhow::Result<Started> {
@@ -83,6 +90,7 @@ fn start_fake(choices: &Choices, script: &FakeScript) -> anyhow::Result<Started>
         load_ns: 0,
         page_bytes: 0,
         numerics: Maybe::missing("fake_engine"),
+        ceilings: Maybe::missing("fake_engine"),
         not_a_measurement: Some("fake engine: step times come from a script".to_owned()),
     })
 }
@@ -98,39 +106,59 @@ fn start_llm<B: Backend + 'static>(
     let clock = Clock::monotonic();
     let numerics = numerics::look(choices, view)?;
     let Opened { name, weights, record } = model::open_model(choices, view)?;
-    let begin_ns = clock.now_ns();
     let config = weights.config().clone();
     let wanted = limits(choices, &config)?;
-    let mut backend = make(&config)?;
-    let not_a_measurement = not_a_measurement(&backend);
-    let bar = view.bytes("loading weights", record.stored_bytes.values().sum());
-    let model = Model::load(&mut backend, weights.as_ref(), &mut |bytes| bar.inc(bytes))
-        .map_err(|error| if is_device_error(&error) { error } else { bad_file(error) })?;
-    bar.finish_and_clear();
+    let begin_ns = clock.now_ns();
+    let (mut backend, model) = load(weights.as_ref(), make(&config)?, view)?;
     drop(weights);
+    let loaded_ns = clock.now_ns() - begin_ns;
     if stop.load(Ordering::Relaxed) {
         return Err(Interrupted.into());
     }
+    let not_a_measurement = not_a_measurement(&backend);
+    let ceilings = Maybe::Value(vec![ceilings(&mut backend, &clock, choices.subject.to_string())?]);
+    let begin_ns = clock.now_ns();
     let page_bytes = backend.page_bytes();
     let asked = asked_pages(choices, page_bytes)?;
     let limits = EngineLimits { pages: asked.unwrap_or(wanted.pages), ..wanted };
-    let engine = LlmEngine::new(backend, model, limits, clock.clone())?;
-    expect_asked(asked, &engine, page_bytes)?;
+    let engine = Box::new(LlmEngine::new(backend, model, limits, clock.clone())?);
+    expect_asked(asked, engine.as_ref(), page_bytes)?;
     check_given_cells(choices, engine.info().limits, page_bytes)?;
-    let load_ns = clock.now_ns() - begin_ns;
-    let engine = Box::new(engine);
-    let weights = record;
+    let load_ns = loaded_ns + (clock.now_ns() - begin_ns);
     Ok(Started {
         engine,
         clock,
         model_name: name,
         config,
-        weights,
+        weights: record,
         load_ns,
         page_bytes,
+        ceilings,
         numerics,
         not_a_measurement,
     })
+}
+
+/// Brings the weights to the device.
+fn load<B: Backend>(weights: &dyn Weights, mut backend: B, view: &View) -> anyhow::Result<(B, Model<B>)> {
+    device::remark_products(&backend.info());
+    let bar = view.bytes("loading weights", weights.info().stored_bytes.values().sum());
+    let model = Model::load(&mut backend, weights, &mut |bytes| bar.inc(bytes))
+        .map_err(|error| if is_device_error(&error) { error } else { bad_file(error) })?;
+    bar.finish_and_clear();
+    Ok((backend, model))
+}
+
+/// What the device can do at most, while the memory of keys and values is still free.
+fn ceilings<B: Backend>(backend: &mut B, clock: &Clock, device: String) -> anyhow::Result<Ceilings> {
+    let protocol = Protocol {
+        clock: clock.clone(),
+        probe_ns: PROBE_NS,
+        deadline_ns: clock.now_ns() + PROBES_NS,
+        host: host_memory(&Roots::default()),
+        arithmetic_only: false,
+    };
+    Ok(Ceilings { device, ..backend.ceilings(&protocol)? })
 }
 
 /// Pages that `--kv-memory` asks for.
