@@ -257,21 +257,24 @@ pub struct Meter {
     /// `nvml_total_energy`, `nvml_power_integrated`, `nvml_module`, `rapl`, `hwmon`, `external` or `replay`
     pub source: Maybe<String>,
     /// What is inside its reading: `gpu`, `module`, `package` or `node`. Different scopes must not be compared.
-    #[serde(default = "Maybe::<String>::not_recorded")]
+    #[serde(default = "Maybe::<String>::not_recorded", skip_serializing_if = "Maybe::is_not_recorded")]
     pub scope: Maybe<String>,
-    #[serde(default = "Maybe::<Vec<MeteredDevice>>::not_recorded")]
+    #[serde(
+        default = "Maybe::<Vec<MeteredDevice>>::not_recorded",
+        skip_serializing_if = "Maybe::is_not_recorded"
+    )]
     pub devices: Maybe<Vec<MeteredDevice>>,
     /// Relative error that all readings of one sensor share: its gain.
-    #[serde(default = "Maybe::<f64>::not_recorded")]
+    #[serde(default = "Maybe::<f64>::not_recorded", skip_serializing_if = "Maybe::is_not_recorded")]
     pub systematic_share: Maybe<f64>,
     /// The file of an external or replayed trace.
-    #[serde(default = "Maybe::<FileRecord>::not_recorded")]
+    #[serde(default = "Maybe::<FileRecord>::not_recorded", skip_serializing_if = "Maybe::is_not_recorded")]
     pub trace: Maybe<FileRecord>,
     /// Power before this program touched the device.
-    #[serde(default = "Maybe::<IdlePower>::not_recorded")]
+    #[serde(default = "Maybe::<IdlePower>::not_recorded", skip_serializing_if = "Maybe::is_not_recorded")]
     pub idle_no_context: Maybe<IdlePower>,
     /// Power with the weights resident and nothing running.
-    #[serde(default = "Maybe::<IdlePower>::not_recorded")]
+    #[serde(default = "Maybe::<IdlePower>::not_recorded", skip_serializing_if = "Maybe::is_not_recorded")]
     pub idle_context_resident: Maybe<IdlePower>,
 }
 
