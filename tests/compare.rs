@@ -18,7 +18,8 @@ use tokmeter::analysis::compare::{
 };
 use tokmeter::record::machine::Gpu;
 use tokmeter::record::{
-    ClockEvents, Clocks, Energy, Maybe, Outcome, Record, Steady, Workload, read, redacted, violations,
+    ClockEvents, Clocks, DeviceEnergy, Energy, Maybe, Outcome, Record, Steady, Window, Workload, read,
+    redacted, violations,
 };
 
 static TEMPLATE: LazyLock<Record> = LazyLock::new(|| {
@@ -563,30 +564,47 @@ fn a_device_that_computes_wrong_has_no_speed() {
     assert!(result.reasons[0].contains("numerics failed"), "{:?}", result.reasons);
 }
 
+/// All of a window's energy, with an integral of power that agrees.
+fn energy(window: &Window, energy_j: f64) -> Energy {
+    Energy {
+        t_a_ns: window.t0_ns,
+        t_b_ns: window.t1_ns,
+        energy_j,
+        uncertainty_j: 0.0,
+        tokens_in: window.tokens_in as f64,
+        tokens_out: window.tokens_out as f64,
+        doubts: Vec::new(),
+        devices: vec![DeviceEnergy {
+            device: "cuda:0".to_owned(),
+            t_a_ns: window.t0_ns,
+            t_b_ns: window.t1_ns,
+            half_width_a_ns: 0,
+            half_width_b_ns: 0,
+            energy_j,
+            readings: 100,
+            update_period_ns: Maybe::missing("power_only"),
+            integral_j: Maybe::Value(energy_j),
+            power_min_w: Maybe::missing("not_read"),
+            power_max_w: Maybe::missing("not_read"),
+        }],
+        sampler_cpu_ns: Maybe::missing("not_read"),
+    }
+}
+
 /// `record` with energy at `watts`, and clocks of `mhz`.
 fn with_sensors(mut record: Record, watts: f64, mhz: f64) -> Record {
     for window in record.cells.iter_mut().flat_map(|cell| &mut cell.runs).flat_map(|run| &mut run.windows) {
         let duration_s = (window.t1_ns - window.t0_ns) as f64 / 1e9;
-        window.energy = Maybe::Value(Energy {
-            t_a_ns: window.t0_ns,
-            t_b_ns: window.t1_ns,
-            energy_j: watts * duration_s,
-            uncertainty_j: 0.0,
-            tokens_in: window.tokens_in as f64,
-            tokens_out: window.tokens_out as f64,
-            doubts: Vec::new(),
-            devices: Vec::new(),
-            sampler_cpu_ns: Maybe::missing("not_known"),
-        });
+        window.energy = Maybe::Value(energy(window, watts * duration_s));
         window.clocks =
             Maybe::Value(Clocks { sm_mean_mhz: mhz, sm_min_mhz: mhz, memory_mhz: Maybe::Value(1000.0) });
-        let capped_ns = if mhz < 1900.0 { window.t1_ns - window.t0_ns } else { 0 };
+        let software_power_cap_ns = if mhz < 1900.0 { window.t1_ns - window.t0_ns } else { 0 };
         window.clock_events = Maybe::Value(ClockEvents {
-            software_power_cap_ns: Maybe::Value(capped_ns),
+            software_power_cap_ns: Maybe::Value(software_power_cap_ns),
             software_thermal_ns: Maybe::Value(0),
             hardware_thermal_ns: Maybe::Value(0),
             hardware_power_brake_ns: Maybe::Value(0),
-            reasons_mask: Maybe::missing("not_known"),
+            reasons_mask: Maybe::missing("no_bits"),
         });
     }
     record
@@ -662,25 +680,33 @@ fn less_per_joule_at_equal_speed_is_a_regression_and_another_meter_is_not() {
 }
 
 #[test]
-fn energy_in_doubt_decides_nothing() {
-    let doubted = |name, watts| -> Vec<Sample> {
-        let record = |index| {
-            let mut record = with_sensors(arm_record(name, index, 1.0), watts, 1980.0);
-            for window in
-                record.cells.iter_mut().flat_map(|cell| &mut cell.runs).flat_map(|run| &mut run.windows)
-            {
-                if let Maybe::Value(energy) = &mut window.energy {
-                    energy.doubts.push("short_window".to_owned());
+fn a_counter_that_drifts_against_integrated_power_is_another_meter() {
+    let drifted = |doubts: &[&str], share: f64| -> Vec<Sample> {
+        (0..3)
+            .map(|index| {
+                let mut record = with_sensors(arm_record("b", index, 1.0), 700.0, 1980.0);
+                let windows =
+                    record.cells.iter_mut().flat_map(|cell| &mut cell.runs).flat_map(|run| &mut run.windows);
+                for window in windows {
+                    let Maybe::Value(energy) = &mut window.energy else { panic!("there is energy") };
+                    energy.doubts = doubts.iter().map(|doubt| (*doubt).to_owned()).collect();
+                    energy.energy_j *= share;
+                    energy.devices[0].energy_j *= share;
                 }
-            }
-            sample(&record, name)
-        };
-        (0..3).map(record).collect()
+                sample(&record, "b")
+            })
+            .collect()
     };
-    let sure = compared(&sensed("a", 1.0, 700.0, 1980.0), &sensed("b", 1.0, 900.0, 1980.0));
-    assert_eq!(sure.verdict, Verdict::Regressed);
-    let result = compared(&doubted("a", 700.0), &doubted("b", 900.0));
-    assert_ne!(result.verdict, Verdict::Regressed);
+    let before = sensed("a", 1.0, 700.0, 1980.0);
+    assert_eq!(compared(&before, &drifted(&[], 1.005)).verdict, Verdict::Same);
+    let result = compared(&before, &drifted(&[], 1.04));
+    assert_eq!(result.verdict, Verdict::MeterChanged, "{:?}", result.reasons);
+    assert!(result.reasons[0].contains("the counter moved by +4.0 %"), "{:?}", result.reasons);
+    // Doubted energy does not decide: on one side the question stays open, on both it is not asked.
+    assert_eq!(compared(&before, &drifted(&["short_window"], 1.0)).verdict, Verdict::Inconclusive);
+    let both = compared(&drifted(&["short_window"], 1.0), &drifted(&["short_window"], 1.0));
+    assert!(both.cells.iter().all(|cell| cell.metric == Metric::Throughput));
+    assert!(both.remarks.iter().any(|remark| remark.contains("energy does not decide: short window")));
 }
 
 #[test]
@@ -688,8 +714,7 @@ fn a_price_never_changes_a_verdict() {
     let priced: Vec<Sample> = (0..3)
         .map(|index| {
             let mut record = arm_record("b", index, 1.0);
-            let model = tokmeter::record::CostModel::from_price("99 EUR").unwrap();
-            record.cost_model = Maybe::Value(model);
+            record.cost_model = Maybe::Value(tokmeter::record::CostModel::from_price("99 EUR").unwrap());
             sample(&record, "b")
         })
         .collect();

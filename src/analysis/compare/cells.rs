@@ -36,6 +36,7 @@ fn values(groups: &[Group<'_>], key: &str, metric: Metric) -> Values {
 fn own_values(cell: &CellSample, metric: Metric) -> Vec<f64> {
     match metric {
         Metric::Throughput => cell.ln_rates.clone(),
+        Metric::TokensPerJoule if !cell.energy_doubts.is_empty() => Vec::new(),
         Metric::TokensPerJoule => cell.ln_tokens_per_joule.value().copied().into_iter().collect(),
     }
 }
@@ -70,14 +71,26 @@ pub(super) fn judge_cells(
     let mut judged = Vec::new();
     for (key, metric) in keys(arms).iter().flat_map(|key| Metric::ALL.map(|metric| (key, metric))) {
         let series = series(arms, key, metric);
-        let meter_changed = meter_changed && metric == Metric::TokensPerJoule;
+        let is_energy = metric == Metric::TokensPerJoule;
+        let meter_moved = if is_energy { meter_moved(arms, key) } else { None };
+        let meter_changed = (meter_changed || meter_moved.is_some()) && is_energy;
         match (series.baseline.is_empty(), series.candidate.is_empty()) {
-            (true, true) if metric == Metric::TokensPerJoule => {}
+            (true, true) if is_energy => {
+                if let Some(doubts) = doubts(&arms.baseline, key).or_else(|| doubts(&arms.candidate, key)) {
+                    remarks.push(format!("{key}: energy does not decide: {doubts}"));
+                }
+            }
             (true, true) => remarks.push(format!("{key}: measured on neither side")),
             (true, false) => remarks.push(format!("{key}: {} only in the candidate", metric.unit())),
+            (false, true) if !meter_changed && is_energy && doubts(&arms.candidate, key).is_some() => {
+                let doubts = doubts(&arms.candidate, key).unwrap_or_default();
+                let note = format!("energy in doubt in the candidate: {doubts}");
+                judged.push(unjudged(key, metric, Verdict::Inconclusive, note, &series));
+            }
             (false, true) if !meter_changed => judged.push(vanished(arms, key, metric, &series)),
             (false, _) if meter_changed => {
-                let note = "another power sensor: the energies do not compare".to_owned();
+                let note = meter_moved
+                    .unwrap_or_else(|| "another power sensor: the energies do not compare".to_owned());
                 judged.push(unjudged(key, metric, Verdict::MeterChanged, note, &series));
             }
             (false, _) => matched.push(Matched { cell: key.clone(), metric, series }),
@@ -87,6 +100,32 @@ pub(super) fn judge_cells(
     judged.extend(judge_matched(matched, settings, quantiles));
     judged.sort_by(|a, b| (&a.cell, a.metric).cmp(&(&b.cell, b.metric)));
     (judged, aggregate)
+}
+
+/// Change of the ratio of counter and integrated power, in logarithms, beyond which the meter is another one.
+const METER_DRIFT: f64 = 0.01;
+
+/// Why the energies of a cell do not compare although the sensor has the same name.
+fn meter_moved(arms: &Arms<'_>, key: &str) -> Option<String> {
+    let ratio = |groups: &[Group<'_>]| -> Option<f64> {
+        let cells = groups.iter().flat_map(|group| &group.samples).filter_map(|sample| sample.cells.get(key));
+        let known: Vec<f64> = cells.filter_map(|cell| cell.ln_meter_ratio.value().copied()).collect();
+        (!known.is_empty()).then(|| mean(&known))
+    };
+    let moved = ratio(&arms.candidate)? - ratio(&arms.baseline)?;
+    (moved.abs() > METER_DRIFT).then(|| {
+        format!(
+            "the counter moved by {:+.1} % against integrated power: the meter changed, not only the machine",
+            moved.exp_m1() * 100.0
+        )
+    })
+}
+
+/// Why the energy of a cell must not decide on one side.
+fn doubts(groups: &[Group<'_>], key: &str) -> Option<String> {
+    let samples = groups.iter().flat_map(|group| &group.samples);
+    let mut doubts = samples.filter_map(|sample| sample.cells.get(key)).map(|cell| &cell.energy_doubts);
+    doubts.find(|doubts| !doubts.is_empty()).cloned()
 }
 
 fn keys(arms: &Arms<'_>) -> BTreeSet<String> {

@@ -46,6 +46,10 @@ pub(super) struct CellSample {
     /// ln of headline tokens per second over all kept runs together.
     pub(super) ln_rate: Maybe<f64>,
     pub(super) ln_tokens_per_joule: Maybe<f64>,
+    /// Why the energy must not decide; empty when it may.
+    pub(super) energy_doubts: String,
+    /// ln of the counter's energy over the energy from power readings: the meter's agreement with itself.
+    pub(super) ln_meter_ratio: Maybe<f64>,
     /// ln of the mean clock, MHz.
     pub(super) ln_clock: Maybe<f64>,
     /// ln of latencies in ns, in the order of [`DIAGNOSTICS`].
@@ -180,7 +184,9 @@ impl CellSample {
             ln_rates,
             tokens,
             ln_rate,
-            ln_tokens_per_joule: undoubted(summary).map_or_else(Maybe::missing, positive_ln),
+            ln_tokens_per_joule: positive_ln(&summary.energy.tokens_per_joule),
+            energy_doubts: energy_doubts(summary),
+            ln_meter_ratio: positive_ln(&meter_ratio(cell)),
             ln_clock: positive_ln(&mean_over_windows(cell, |window| {
                 window.clocks.as_ref().map(|clocks| clocks.sm_mean_mhz)
             })),
@@ -189,6 +195,33 @@ impl CellSample {
             output: agreed_output(cell),
         }
     }
+}
+
+fn energy_doubts(summary: &CellSummary) -> String {
+    let doubts = summary.flags.iter().filter_map(|flag| match flag {
+        Flag::EnergyInDoubt { reasons } => Some(reasons.join(", ")),
+        _ => None,
+    });
+    printable(&doubts.collect::<Vec<String>>().join(", ").replace('_', " "))
+}
+
+/// Energy by the counter over energy by power readings, over all windows and devices; missing where one has no witness.
+fn meter_ratio(cell: &Cell) -> Maybe<f64> {
+    let (mut counter_j, mut integral_j) = (0.0, 0.0);
+    for window in cell.runs.iter().flat_map(|run| &run.windows) {
+        let energy = match &window.energy {
+            Maybe::Value(energy) => energy,
+            Maybe::Missing(missing) => return Maybe::Missing(missing.clone()),
+        };
+        for device in &energy.devices {
+            match &device.integral_j {
+                Maybe::Value(joules) => integral_j += joules,
+                Maybe::Missing(missing) => return Maybe::Missing(missing.clone()),
+            }
+            counter_j += device.energy_j;
+        }
+    }
+    if integral_j > 0.0 { Maybe::Value(counter_j / integral_j) } else { Maybe::missing("no_run") }
 }
 
 fn absence(cell: &Cell) -> String {
@@ -226,12 +259,6 @@ fn seconds(window: &crate::record::Window) -> f64 {
     window.t1_ns.saturating_sub(window.t0_ns) as f64 / 1e9
 }
 
-/// Tokens per joule, unless the energy must not decide anything.
-fn undoubted(summary: &CellSummary) -> Result<&Maybe<f64>, &'static str> {
-    let in_doubt = summary.flags.iter().any(|flag| matches!(flag, Flag::EnergyInDoubt { .. }));
-    if in_doubt { Err("energy_in_doubt") } else { Ok(&summary.energy.tokens_per_joule) }
-}
-
 fn latencies(summary: &CellSummary) -> [Option<f64>; DIAGNOSTICS.len()] {
     let ln = |latency: &Maybe<Quantiles>, pick: fn(&Quantiles) -> &Maybe<f64>| {
         latency.value().and_then(|quantiles| positive_ln(pick(quantiles)).into_value())
@@ -267,16 +294,10 @@ fn sum_over_windows(cell: &Cell, pick: impl Fn(&crate::record::Window) -> Maybe<
 
 impl Conditions {
     fn of(cell: &Cell) -> Self {
-        let events = |picks: &[fn(&crate::record::ClockEvents) -> &Maybe<u64>]| {
+        let events = |pick: fn(&crate::record::ClockEvents) -> Maybe<u64>| {
             sum_over_windows(cell, |window| match &window.clock_events {
+                Maybe::Value(events) => pick(events).map(|ns| ns as f64 / 1e9),
                 Maybe::Missing(missing) => Maybe::Missing(missing.clone()),
-                Maybe::Value(events) => {
-                    let times: Result<Vec<u64>, _> = picks
-                        .iter()
-                        .map(|pick| pick(events).clone().into_value().ok_or("not_known"))
-                        .collect();
-                    times.map(|times| times.iter().map(|ns| *ns as f64 / 1e9).sum()).into()
-                }
             })
         };
         let share = |pick: fn(&crate::record::machine::CpuShare) -> &Maybe<f64>| {
@@ -287,14 +308,22 @@ impl Conditions {
         };
         Conditions {
             window_s: cell.runs.iter().flat_map(|run| &run.windows).map(seconds).sum(),
-            power_cap_s: events(&[|events| &events.software_power_cap_ns]),
-            thermal_s: events(&[|events| &events.software_thermal_ns, |events| &events.hardware_thermal_ns]),
+            power_cap_s: events(|events| events.software_power_cap_ns.clone()),
+            thermal_s: events(thermal_ns),
             temperature_c: mean_over_windows(cell, |window| {
                 window.temperature.as_ref().map(|temperature| 0.5 * (temperature.start_c + temperature.end_c))
             }),
             foreign_share: share(|cpu| &cpu.foreign_share),
             steal_share: share(|cpu| &cpu.steal_share),
         }
+    }
+}
+
+/// Time for which heat held the clock down, by the driver's or the hardware's decision; both may last at once.
+fn thermal_ns(events: &crate::record::ClockEvents) -> Maybe<u64> {
+    match (&events.software_thermal_ns, &events.hardware_thermal_ns) {
+        (Maybe::Value(software), Maybe::Value(hardware)) => Maybe::Value((*software).max(*hardware)),
+        (Maybe::Missing(missing), _) | (_, Maybe::Missing(missing)) => Maybe::Missing(missing.clone()),
     }
 }
 
