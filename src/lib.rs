@@ -22,6 +22,7 @@ pub mod clock;
 pub mod cmd;
 pub mod engine;
 pub mod machine;
+pub mod meter;
 pub mod model;
 pub mod record;
 pub mod report;

@@ -99,9 +99,10 @@ fn csv_is_exact_to_the_byte() {
 model,device,backend,compute_dtype,cell,runs,tokens,tokens_per_s,spread_ratio,total_tokens_per_s,\
 ttft_count,ttft_p50_ns,ttft_p90_ns,ttft_p99_ns,itl_count,itl_p50_ns,itl_p90_ns,itl_p99_ns,\
 tpot_count,tpot_p50_ns,tpot_p90_ns,tpot_p99_ns,e2e_count,e2e_p50_ns,e2e_p90_ns,e2e_p99_ns,\
-step_count,step_p50_ns,step_p90_ns,step_p99_ns,mbu_share,mfu_share,tokens_per_joule,tokens_per_money,currency,flags
+step_count,step_p50_ns,step_p90_ns,step_p99_ns,mbu_share,mfu_share,tokens_per_joule,joules_per_token,power_w,\
+energy_uncertainty_ratio,net_tokens_per_joule,tokens_per_money,currency,flags
 \"smollm2-135m\",fake,fake,none,generate/b1/i40/o6,2,output,54.54545454545454,0,418.18181818181813,\
-10,50000000,,,50,12000000,12000000,,10,12000000,,,10,110000000,,,60,12001279,50000000,,,,,78545.45454545454,USD,0
+10,50000000,,,50,12000000,12000000,,10,12000000,,,10,110000000,,,60,12001279,50000000,,,,,,,,,78545.45454545454,USD,0
 ",
     );
 }
@@ -124,7 +125,10 @@ fn json_lines_are_exact_to_the_byte() {
             r#""step":{"count":20,"mean_ns":50000000.0,"p50_ns":50000000.0,"#,
             r#""p90_ns":{"missing":"needs_29_observations"},"p99_ns":{"missing":"needs_299_observations"}},"#,
             r#""mbu_share":{"missing":"fake_engine"},"mfu_share":{"missing":"fake_engine"},"#,
-            r#""tokens_per_joule":{"missing":"no_sensor"},"tokens_per_money":{"missing":"no_price"},"cost":{"missing":"no_price"},"flags":[]}"#,
+            r#""tokens_per_joule":{"missing":"no_sensor"},"joules_per_token":{"missing":"no_sensor"},"#,
+            r#""power_w":{"missing":"no_sensor"},"energy_uncertainty_ratio":{"missing":"no_sensor"},"#,
+            r#""net_tokens_per_joule":{"missing":"no_sensor"},"tokens_per_money":{"missing":"no_price"},"#,
+            r#""cost":{"missing":"no_price"},"flags":[]}"#,
             "\n"
         ),
     );
@@ -161,6 +165,9 @@ fn json_is_exact_to_the_byte() {
   \"prices\": {{
     \"missing\": \"no_price\"
   }},
+  \"energy_from\": {{
+    \"missing\": \"no_sensor\"
+  }},
   \"started_at\": \"2026-01-01T00:00:00.000Z\",
   \"not_a_measurement\": \"fake engine: step times come from a script\",
   \"cells\": [
@@ -181,6 +188,10 @@ fn json_is_exact_to_the_byte() {
       \"mbu_share\": {fake},
       \"mfu_share\": {fake},
       \"tokens_per_joule\": {sensor},
+      \"joules_per_token\": {sensor},
+      \"power_w\": {sensor},
+      \"energy_uncertainty_ratio\": {sensor},
+      \"net_tokens_per_joule\": {sensor},
       \"tokens_per_money\": {price},
       \"cost\": {price},
       \"flags\": []
@@ -255,7 +266,7 @@ fn every_verb_has_help_with_examples() {
         .filter(|verb| *verb != "help")
         .collect();
     assert!(
-        ["run", "check", "peaks", "doctor", "models", "validate", "report"]
+        ["run", "check", "peaks", "compare", "doctor", "models", "validate", "report"]
             .iter()
             .all(|verb| verbs.contains(verb)),
         "{verbs:?}"
@@ -374,8 +385,17 @@ fn a_reader_that_closes_the_pipe_is_no_error() {
     let folder = tempdir().unwrap();
     let record = ["run", "--engine", "fake", "--isl", "8", "-r", "1", "--min-seconds", "0", "-o", "r.json"];
     let report = ["report", "r.json", "--allow-not-a-measurement"];
-    for args in [&record[..], &report, &["validate", "r.json"], &["models"], &["--help"], &["run", "--help"]]
-    {
+    let compare = ["compare", "--baseline", "r.json", "--candidate", "r.json", "--allow-not-a-measurement"];
+    let compare = [&compare[..], &["--inconclusive", "pass"]].concat();
+    for args in [
+        &record[..],
+        &report,
+        &compare,
+        &["validate", "r.json"],
+        &["models"],
+        &["--help"],
+        &["run", "--help"],
+    ] {
         let mut child = start(folder.path(), args);
         drop(child.stdout.take());
         let output = child.wait_with_output().unwrap();

@@ -127,7 +127,7 @@ fn every_cell_and_every_number_of_the_analysis_stands_on_the_page() {
             "{}",
             cell.key
         );
-        let joules = *summary.tokens_per_joule.value().unwrap();
+        let joules = *summary.energy.tokens_per_joule.value().unwrap();
         assert!(has_text(&all, "td", &format_significant(joules)), "{}", cell.key);
         // The two prefill cells differ in length only, so their chart runs over it.
         let x = if cell.key.starts_with("prefill") { f64::from(cell.workload.lengths().0) } else { load };
@@ -158,7 +158,7 @@ fn every_cell_and_every_number_of_the_analysis_stands_on_the_page() {
     for window in window_readings(record) {
         let middle = (window.t0_s + window.t1_s) / 2.0;
         assert!(
-            point(middle, window.power_w.value().copied().unwrap())
+            point(middle, window.power.value().unwrap().mean_w)
                 && point(middle, 1755.0)
                 && point(middle, 52.5)
         );

@@ -5,43 +5,14 @@
 
 mod common;
 
-use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
-use std::sync::OnceLock;
 
+use common::stand_in::{Build, tokmeter};
 use serde_json::Value;
 use tempfile::tempdir;
 
 const TINY: &str = "models/tiny/qwen3";
 const OPS: [&str; 7] = ["embed", "attn_in", "attention", "attn_out", "mlp_in", "mlp_out", "logits"];
-
-/// The folder with the stand-in `libcuda.so.1`, built once; none without g++.
-fn driver() -> Option<&'static Path> {
-    static FOLDER: OnceLock<Option<PathBuf>> = OnceLock::new();
-    FOLDER.get_or_init(build_driver).as_deref()
-}
-
-fn build_driver() -> Option<PathBuf> {
-    if Command::new("g++").arg("--version").output().is_err() {
-        common::waived("g++ is missing, which compiles the stand-in CUDA driver");
-        return None;
-    }
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("emulated_gpu_of_peaks");
-    std::fs::create_dir_all(&folder).unwrap();
-    let flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-w", "-DCUDA_EMU"];
-    let folders = ["-shared", "-fPIC", "-I", "tests/emulated_gpu", "-I", "kernels"];
-    let (source, library) = ("tests/emulated_gpu/driver.cpp", folder.join("libcuda.so.1"));
-    let built = Command::new("g++").args(flags).args(folders).arg(source).arg("-o").arg(library).status();
-    assert!(built.unwrap().success(), "the stand-in driver does not compile");
-    Some(folder)
-}
-
-/// The program on the stand-in driver.
-fn on_emulated_device(settings: &[(&str, &str)], arguments: &[&str]) -> Option<Output> {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_tokmeter"));
-    command.args(arguments).env("LD_LIBRARY_PATH", driver()?).envs(settings.iter().copied());
-    Some(command.output().unwrap())
-}
 
 fn on_cpu(arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_tokmeter")).args(arguments).output().unwrap()
@@ -130,7 +101,7 @@ fn the_cpu_has_bandwidth_and_a_product_and_says_why_not_the_rest() {
 #[test]
 fn every_ceiling_is_measured_on_the_emulated_device_which_is_no_measurement() {
     let arguments = ["peaks", "--device", "cuda:0", "--seconds", "0.01", "--format", "json"];
-    let Some(output) = on_emulated_device(&[("EMU_ORDER", "7")], &arguments) else { return };
+    let Some(output) = tokmeter(Build::Plain, &[("EMU_ORDER", "7")], &arguments) else { return };
     let peaks = json(&output);
     assert!(peaks["not_a_measurement"].as_str().unwrap().starts_with("emulated GPU"));
     let ceilings = &peaks["ceilings"];
@@ -149,7 +120,7 @@ fn every_ceiling_is_measured_on_the_emulated_device_which_is_no_measurement() {
 fn operations_are_timed_on_the_emulated_device_one_by_one_and_replayed() {
     let sizes = ["--batch", "3", "--depth", "20", "--isl", "9", "--seconds", "0.001", "--dtype", "f16"];
     let arguments = [&["peaks", "--device", "cuda:0", "--ops", "-m", TINY], &sizes[..]].concat();
-    let Some(output) = on_emulated_device(&[], &[&arguments[..], &["--format", "json"]].concat()) else {
+    let Some(output) = tokmeter(Build::Plain, &[], &[&arguments[..], &["--format", "json"]].concat()) else {
         return;
     };
     let peaks = json(&output);
@@ -159,7 +130,7 @@ fn operations_are_timed_on_the_emulated_device_one_by_one_and_replayed() {
         let is_replayed = time["replayed_ns"]["value"].as_f64().is_some_and(|ns| ns > 0.0);
         assert_eq!(is_replayed, time["step"] == "decode/b3/d20", "{time}");
     }
-    let table = text(&on_emulated_device(&[], &arguments).unwrap());
+    let table = text(&tokmeter(Build::Plain, &[], &arguments).unwrap());
     assert!(table.contains("NOT A MEASUREMENT: emulated GPU"), "{table}");
     assert!(table.lines().any(|line| line.contains("decode/b3/d20") && line.contains("mlp_in")), "{table}");
 }
@@ -171,7 +142,7 @@ fn a_run_keeps_the_ceilings_of_its_device_and_shares_of_them() {
     let path = out.to_str().unwrap();
     let cells = ["--batch", "2", "--depth", "16", "--osl", "4", "--min-seconds", "0.05", "--repeat", "1"];
     let arguments = [&["run", "--device", "cuda:0", "-m", TINY, "-o", path, "--format", "json"], &cells[..]];
-    let Some(output) = on_emulated_device(&[], &arguments.concat()) else { return };
+    let Some(output) = tokmeter(Build::Plain, &[], &arguments.concat()) else { return };
     let summary = json(&output);
     let record: Value = serde_json::from_slice(&std::fs::read(&out).unwrap()).unwrap();
     let ceilings = &record["ceilings"][0];
@@ -190,7 +161,7 @@ fn a_device_without_memory_for_a_probe_says_so_and_goes_on() {
     let settings = [("EMU_MEMORY_BYTES", "50000000"), ("EMU_L2_BYTES", "8388608")];
     let arguments =
         ["peaks", "--device", "cuda:0", "--seconds", "0.001", "--dtype", "bf16", "--format", "json"];
-    let Some(output) = on_emulated_device(&settings, &arguments) else { return };
+    let Some(output) = tokmeter(Build::Plain, &settings, &arguments) else { return };
     let peaks = json(&output);
     for name in BANDWIDTHS.iter().chain(&["host_to_device_bytes_per_s"]) {
         assert_eq!(peaks["ceilings"][name]["missing"], "memory_too_small", "{peaks}");

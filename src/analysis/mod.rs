@@ -2,14 +2,18 @@
 //! and per unit of money. Pure functions of files; nothing here touches the machine.
 
 mod anchors;
+pub mod compare;
 mod cost;
 pub mod curves;
+mod energy;
 mod quantile;
 mod roofline;
+pub mod stats;
 mod summary;
 
 pub use anchors::{Anchor, AnchorFile, Distance, Figure, Load, PowerScope, embedded_anchors, parse_anchors};
 pub use cost::{CellCost, parse_cost, read_cost_file};
+pub use energy::CellEnergy;
 pub use quantile::Quantiles;
 pub use roofline::{Utilization, is_impossible, utilization, violations};
 pub use summary::{CellSummary, Flag, Summary, Throughput, TokenKind, refuse_unmeasured, summarize};

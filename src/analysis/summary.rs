@@ -5,6 +5,7 @@ use serde::Serialize;
 use super::Quantiles;
 use super::anchors::{self, Distance};
 use super::cost::{self, CellCost, Work, cell_cost};
+use super::energy::{self, CellEnergy};
 use super::roofline::{self, Utilization};
 use crate::record::{Cell, Latency, LatencyHistogram, Maybe, Outcome, Record, Run, Steady, Workload};
 
@@ -22,6 +23,8 @@ pub struct Summary {
     pub currency: Maybe<String>,
     /// The cost model in a sentence.
     pub prices: Maybe<String>,
+    /// Which sensor energy comes from, and what is inside its reading: `nvml_total_energy, gpu`.
+    pub energy_from: Maybe<String>,
     pub started_at: String,
     pub not_a_measurement: Option<String>,
     pub cells: Vec<CellSummary>,
@@ -78,6 +81,10 @@ pub enum Flag {
         mbu_share: Maybe<f64>,
         mfu_share: Maybe<f64>,
     },
+    /// The energy is shown, and must not decide a comparison.
+    EnergyInDoubt {
+        reasons: Vec<String>,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -94,7 +101,8 @@ pub struct CellSummary {
     pub mbu_share: Maybe<f64>,
     /// Model flops utilisation: of the matmul peak measured in the same run.
     pub mfu_share: Maybe<f64>,
-    pub tokens_per_joule: Maybe<f64>,
+    #[serde(flatten)]
+    pub energy: CellEnergy,
     /// Tokens for one unit of the record's currency.
     pub tokens_per_money: Maybe<f64>,
     /// What tokens cost, in the record's currency.
@@ -128,10 +136,16 @@ pub fn summarize(record: &Record) -> Summary {
             Maybe::Missing(missing) => Maybe::missing(missing.missing.clone()),
         },
         prices: record.cost_model.as_ref().map(cost::describe),
+        energy_from: energy_from(record),
         started_at: record.started_at.clone(),
         not_a_measurement: record.not_a_measurement.clone(),
         cells: record.cells.iter().map(|cell| summarize_cell(record, cell)).collect(),
     }
+}
+
+fn energy_from(record: &Record) -> Maybe<String> {
+    let scope = record.meter.scope.value().map_or("scope unknown", String::as_str);
+    record.meter.source.as_ref().map(|source| format!("{source}, {scope}"))
 }
 
 fn summarize_cell(record: &Record, cell: &Cell) -> CellSummary {
@@ -139,9 +153,9 @@ fn summarize_cell(record: &Record, cell: &Cell) -> CellSummary {
         Quantiles::of(cell.runs.iter().map(|run| pick(&run.latency)))
     };
     let throughput = throughput(cell);
-    let cost = cost_of(record, cell);
+    let energy = energy::of_cell(record, cell, headline(&cell.workload));
+    let cost = cost_of(record, cell, &energy);
     let utilization = roofline::utilization(record, cell);
-    let tokens_per_joule = tokens_per_joule(cell);
     CellSummary {
         key: cell.key.clone(),
         runs: cell.runs.len(),
@@ -150,10 +164,10 @@ fn summarize_cell(record: &Record, cell: &Cell) -> CellSummary {
         tpot: quantiles(|latency| &latency.tpot),
         e2e: quantiles(|latency| &latency.e2e),
         step: quantiles(|latency| &latency.step),
-        anchors: anchors::distances(record, cell, &throughput, &tokens_per_joule),
-        tokens_per_joule,
+        anchors: anchors::distances(record, cell, &throughput, &energy.joules_per_token),
         tokens_per_money: tokens_per_money(cell, &cost),
         cost,
+        energy,
         throughput,
         flags: flags(cell).into_iter().chain(above_ceiling(&utilization)).collect(),
         mbu_share: utilization.mbu_share,
@@ -212,24 +226,9 @@ fn spread(rates: &[f64], center: f64) -> Maybe<f64> {
     Maybe::Value((high - low) / 2.0 / center)
 }
 
-/// Headline tokens over joules, when every window has both.
-fn tokens_per_joule(cell: &Cell) -> Maybe<f64> {
-    let kind = headline(&cell.workload);
-    let (mut tokens, mut energy_j) = (0.0, 0.0);
-    for window in cell.runs.iter().flat_map(|run| &run.windows) {
-        match &window.energy {
-            Maybe::Value(energy) => energy_j += energy.energy_j,
-            Maybe::Missing(missing) => return Maybe::missing(missing.missing.clone()),
-        }
-        tokens += match kind {
-            TokenKind::Input => window.tokens_in as f64,
-            TokenKind::Output => window.tokens_out as f64,
-        };
-    }
-    if energy_j > 0.0 { Maybe::Value(tokens / energy_j) } else { Maybe::missing("no_run") }
-}
-
-fn cost_of(record: &Record, cell: &Cell) -> Maybe<CellCost> {
+fn cost_of(record: &Record, cell: &Cell, energy: &CellEnergy) -> Maybe<CellCost> {
+    let devices = cell.devices.len().max(1);
+    let idle_power_w = record.meter.idle_context_resident.as_ref().map(|idle| idle.power_w);
     record.cost_model.as_ref().map(|model| {
         let seconds: f64 = cell.runs.iter().map(|run| tokens_and_seconds(run, TokenKind::Output).1).sum();
         let rate = |kind| {
@@ -237,31 +236,14 @@ fn cost_of(record: &Record, cell: &Cell) -> Maybe<CellCost> {
             if seconds > 0.0 { tokens / seconds } else { 0.0 }
         };
         let work = Work {
-            devices: cell.devices.len(),
+            devices,
             input_tokens_per_s: rate(TokenKind::Input),
             output_tokens_per_s: rate(TokenKind::Output),
-            device_watts: device_watts(cell),
-            idle_watts: Maybe::missing("idle_power_not_measured"),
+            device_watts: energy.power_w.as_ref().map(|watts| watts / devices as f64),
+            idle_watts: idle_power_w.map(|watts| watts / devices as f64),
         };
         cell_cost(model, &work)
     })
-}
-
-/// Mean power of one device over all windows, when every window has its energy.
-fn device_watts(cell: &Cell) -> Maybe<f64> {
-    let (mut energy_j, mut seconds) = (0.0, 0.0);
-    for window in cell.runs.iter().flat_map(|run| &run.windows) {
-        match &window.energy {
-            Maybe::Value(energy) => energy_j += energy.energy_j,
-            Maybe::Missing(missing) => return Maybe::missing(missing.missing.clone()),
-        }
-        seconds += window.t1_ns.saturating_sub(window.t0_ns) as f64 / 1e9;
-    }
-    if seconds > 0.0 {
-        Maybe::Value(energy_j / seconds / cell.devices.len().max(1) as f64)
-    } else {
-        Maybe::missing("no_run")
-    }
 }
 
 /// Tokens of the headline for one unit of money.
@@ -296,6 +278,10 @@ fn flags(cell: &Cell) -> Vec<Flag> {
     let requests = drains.fold(0u64, |sum, drain| sum.saturating_add(drain.unfinished));
     if requests > 0 {
         flags.push(Flag::Unfinished { requests });
+    }
+    let reasons = energy::doubts(cell);
+    if !reasons.is_empty() {
+        flags.push(Flag::EnergyInDoubt { reasons });
     }
     let failed = cell.runs.iter().flat_map(|run| &run.checks).filter(|check| !check.ok);
     flags.extend(

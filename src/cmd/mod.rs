@@ -2,6 +2,7 @@
 //! code and the printing of errors are decided in [`execute`] alone.
 
 mod check;
+mod compare;
 mod device;
 mod doctor;
 mod interrupt;
@@ -36,11 +37,12 @@ pub const INTERRUPTED: u8 = 130;
     after_help = "Examples:\n  tokmeter run                              measure this machine with the default model\n  \
                   tokmeter run --batch 1,8 --depth 512      only decoding, at two batch sizes\n  \
                   tokmeter check                            is what this machine computes right\n  \
-                  tokmeter peaks                            what this device can do at most
-  \
+                  tokmeter peaks                            what this device can do at most\n  \
                   tokmeter doctor                           what is here, what is missing, and the remedy\n  \
-                  tokmeter report RECORD.json               a record as Markdown\n\n\
-                  Exit codes: 0 done, 1 something failed, 2 usage, 3 broken or foreign file, 130 interrupted"
+                  tokmeter report RECORD.json               a record as Markdown\n  \
+                  tokmeter compare --baseline A.json --candidate B.json    is B slower than A\n\n\
+                  Exit codes: 0 done, 1 something failed, 2 usage, 3 broken or foreign file, 130 interrupted; compare has\n\
+                  its own, see tokmeter compare --help"
 )]
 struct Cli {
     #[command(subcommand)]
@@ -52,6 +54,7 @@ enum Verb {
     Run(Box<run::Args>),
     Check(check::Args),
     Peaks(peaks::Args),
+    Compare(Box<compare::Args>),
     Doctor(doctor::Args),
     Models(models::Args),
     Validate(validate::Args),
@@ -101,6 +104,7 @@ pub fn execute() -> u8 {
         Verb::Run(args) => run::run(*args),
         Verb::Check(args) => check::run(args),
         Verb::Peaks(args) => peaks::run(args),
+        Verb::Compare(args) => compare::run(*args),
         Verb::Doctor(args) => doctor::run(args),
         Verb::Models(args) => models::run(args),
         Verb::Validate(args) => validate::run(args),

@@ -175,14 +175,51 @@ pub struct WindowEnd {
     pub at_t1: u64,
 }
 
-/// Energy of the device over the window.
+/// Energy over the metered part of the window, [`t_a_ns`, `t_b_ns`]: between two updates of an energy counter, or the
+/// whole window where power was integrated.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Energy {
-    /// Joules between the two readings.
+    pub t_a_ns: u64,
+    pub t_b_ns: u64,
+    /// All devices together, gross: idle power is part of it.
     pub energy_j: f64,
-    /// Seconds between the two readings.
-    pub duration_s: f64,
+    /// Half-width of what the times of the readings leave open. The sensor's own error comes on top
+    /// ([`super::Meter::systematic_share`]).
+    pub uncertainty_j: f64,
+    /// Prompt tokens whose work lies in the metered part.
+    pub tokens_in: f64,
+    /// Output tokens whose work lies in the metered part.
+    pub tokens_out: f64,
+    /// Why this energy must not decide a comparison: `short_window`, `counter_and_power_disagree`, `device_shared`,
+    /// `power_integrated_only`, `clock_stepped`.
+    pub doubts: Vec<String>,
+    pub devices: Vec<DeviceEnergy>,
+    /// CPU time of the thread that read the sensor during the window.
+    pub sampler_cpu_ns: Maybe<u64>,
+}
+
+/// Energy of one metered device between its own two readings, which enclose the window's metered part.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DeviceEnergy {
+    pub device: String,
+    pub t_a_ns: u64,
+    pub t_b_ns: u64,
+    /// How far the first reading may be from `t_a_ns`.
+    pub half_width_a_ns: u64,
+    /// How far the second reading may be from `t_b_ns`.
+    pub half_width_b_ns: u64,
+    pub energy_j: f64,
+    /// Updates of the counter that were seen, or readings of power.
+    pub readings: u64,
+    /// The counter's update period in this window.
+    pub update_period_ns: Maybe<u64>,
+    /// The same energy from power readings alone.
+    pub integral_j: Maybe<f64>,
+    /// Least and largest power that was read.
+    pub power_min_w: Maybe<f64>,
+    pub power_max_w: Maybe<f64>,
 }
 
 /// Device clocks over the window.
@@ -190,7 +227,8 @@ pub struct Energy {
 #[serde(deny_unknown_fields)]
 pub struct Clocks {
     pub sm_mean_mhz: f64,
-    pub memory_mhz: f64,
+    pub sm_min_mhz: f64,
+    pub memory_mhz: Maybe<f64>,
 }
 
 /// Device temperature over the window.
@@ -199,14 +237,19 @@ pub struct Clocks {
 pub struct Temperature {
     pub start_c: f64,
     pub end_c: f64,
+    pub max_c: f64,
 }
 
 /// Time that clocks were held down during the window, by cause.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ClockEvents {
-    pub software_power_cap_ns: u64,
-    pub thermal_ns: u64,
+    pub software_power_cap_ns: Maybe<u64>,
+    pub software_thermal_ns: Maybe<u64>,
+    pub hardware_thermal_ns: Maybe<u64>,
+    pub hardware_power_brake_ns: Maybe<u64>,
+    /// All causes that were seen, as the driver's bits in hexadecimal, those without a name included.
+    pub reasons_mask: Maybe<String>,
 }
 
 /// One request of a run.

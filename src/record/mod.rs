@@ -7,6 +7,7 @@ mod cell;
 mod cost;
 mod cublaslt;
 mod histogram;
+pub mod identities;
 pub mod machine;
 mod maybe;
 mod redact;
@@ -22,14 +23,14 @@ use machine::{Interference, Machine};
 
 pub use ceilings::{Ceiling, Ceilings};
 pub use cell::{
-    Cell, Check, ClockEvents, Clocks, Drain, Energy, Outcome, RequestRow, Run, Steady, Temperature, Warmup,
-    Window, WindowEnd, Workload,
+    Cell, Check, ClockEvents, Clocks, DeviceEnergy, Drain, Energy, Outcome, RequestRow, Run, Steady,
+    Temperature, Warmup, Window, WindowEnd, Workload,
 };
 pub use cost::{Amount, Converted, CostMode, CostModel, Currency, EnergyPrice, ExchangeRate, Usage};
 pub use cublaslt::{Chosen, CublasLt, TunedProduct};
 pub use histogram::{Latency, LatencyHistogram, merge as merge_histograms};
 pub use maybe::{Maybe, Missing};
-pub use redact::redacted;
+pub use redact::{hashed_identity, redacted};
 pub use store::{ReadError, Store, check_place, parse, read, write_atomically};
 pub use validate::{Violation, canonical_sha256, hex, violations};
 
@@ -253,5 +254,50 @@ pub struct Numerics {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Meter {
+    /// `nvml_total_energy`, `nvml_power_integrated`, `nvml_module`, `rapl`, `hwmon`, `external` or `replay`
     pub source: Maybe<String>,
+    /// What is inside its reading: `gpu`, `module`, `package` or `node`. Different scopes must not be compared.
+    #[serde(default = "Maybe::<String>::not_recorded", skip_serializing_if = "Maybe::is_not_recorded")]
+    pub scope: Maybe<String>,
+    #[serde(
+        default = "Maybe::<Vec<MeteredDevice>>::not_recorded",
+        skip_serializing_if = "Maybe::is_not_recorded"
+    )]
+    pub devices: Maybe<Vec<MeteredDevice>>,
+    /// Relative error that all readings of one sensor share: its gain.
+    #[serde(default = "Maybe::<f64>::not_recorded", skip_serializing_if = "Maybe::is_not_recorded")]
+    pub systematic_share: Maybe<f64>,
+    /// The file of an external or replayed trace.
+    #[serde(default = "Maybe::<FileRecord>::not_recorded", skip_serializing_if = "Maybe::is_not_recorded")]
+    pub trace: Maybe<FileRecord>,
+    /// Power before this program touched the device.
+    #[serde(default = "Maybe::<IdlePower>::not_recorded", skip_serializing_if = "Maybe::is_not_recorded")]
+    pub idle_no_context: Maybe<IdlePower>,
+    /// Power with the weights resident and nothing running.
+    #[serde(default = "Maybe::<IdlePower>::not_recorded", skip_serializing_if = "Maybe::is_not_recorded")]
+    pub idle_context_resident: Maybe<IdlePower>,
+}
+
+/// One device that the sensor reads.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MeteredDevice {
+    /// `cuda:0`, `package-0`, …
+    pub device: String,
+    /// The energy counter's update period, measured before the first cell.
+    pub update_period_ns: Maybe<u64>,
+    /// Power limit in force.
+    pub power_limit_w: Maybe<f64>,
+    /// Somebody else's work is in the reading: the device is partitioned or has other processes on it.
+    pub shared: Maybe<bool>,
+}
+
+/// Power of all metered devices together while nothing ran.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct IdlePower {
+    pub power_w: f64,
+    /// Half-width of the mean.
+    pub uncertainty_w: f64,
+    pub duration_ns: u64,
 }

@@ -3,7 +3,8 @@
 use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 
-use super::{Cell, LatencyHistogram, Maybe, Outcome, Record, RequestRow, Run, Status, Window};
+use super::identities::{DISAGREEMENT, LIMIT_MARGIN, POWER_AGREEMENT, disagrees, power_from_tokens};
+use super::{Cell, Energy, LatencyHistogram, Maybe, Meter, Outcome, Record, RequestRow, Run, Status, Window};
 
 /// One identity that does not hold.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -58,6 +59,9 @@ pub fn violations(record: &Record) -> Vec<Violation> {
                 format!("index is {}, expected {index}", run.index)
             });
             check_run(cell, run, &place, &mut found);
+            for window in &run.windows {
+                check_energy(&record.meter, window, &place, &mut found);
+            }
         }
     }
     found
@@ -169,6 +173,64 @@ fn check_window(cell: &Cell, window: &Window, place: &str, found: &mut Vec<Viola
     require(found, place, window.requests_completed == requests, || {
         format!("window completed {} requests, expected {requests}", window.requests_completed)
     });
+}
+
+/// Energy lies inside the window, is the sum of its devices' over that time, stays below the power limits, and agrees with
+/// the tokens: J/token times tokens/s is W.
+fn check_energy(meter: &Meter, window: &Window, place: &str, found: &mut Vec<Violation>) {
+    let Maybe::Value(energy) = &window.energy else { return };
+    require(found, place, meter.source.value().is_some(), || "energy without a meter".to_owned());
+    let inside =
+        window.t0_ns <= energy.t_a_ns && energy.t_a_ns < energy.t_b_ns && energy.t_b_ns <= window.t1_ns;
+    require(found, place, inside, || {
+        format!("energy of {} to {} ns is not inside its window", energy.t_a_ns, energy.t_b_ns)
+    });
+    let power_w = energy.energy_j / seconds(energy.t_a_ns, energy.t_b_ns);
+    let is_positive = power_w.is_finite() && power_w > 0.0 && energy.uncertainty_j >= 0.0;
+    require(found, place, is_positive, || format!("energy is {} J, expected more than 0", energy.energy_j));
+    let devices_w = power_of_devices(energy);
+    require(found, place, agree(devices_w, power_w, POWER_AGREEMENT), || {
+        format!("power is {power_w:.3} W, expected its devices' {devices_w:.3} W")
+    });
+    let is_doubted = energy.doubts.iter().any(|doubt| doubt == DISAGREEMENT);
+    require(found, place, is_doubted || !energy.devices.iter().any(disagrees), || {
+        format!("counter and power readings differ by more than 5 %, expected the doubt {DISAGREEMENT}")
+    });
+    if let Some(limit_w) = limit_w(meter) {
+        require(found, place, power_w <= LIMIT_MARGIN * limit_w, || {
+            format!("power is {power_w:.1} W, expected at most 1.05 of the limit of {limit_w:.1} W")
+        });
+    }
+    if let Maybe::Value(idle) = &meter.idle_no_context {
+        let floor_w = idle.power_w - idle.uncertainty_w;
+        require(found, place, power_w >= floor_w, || {
+            format!("power is {power_w:.1} W, expected at least the idle power of {floor_w:.1} W")
+        });
+    }
+    let rate_per_s = window.tokens_out as f64 / seconds(window.t0_ns, window.t1_ns);
+    let tokens_w = power_from_tokens(energy, rate_per_s).unwrap_or(0.0);
+    require(found, place, agree(tokens_w, power_w, POWER_AGREEMENT), || {
+        format!(
+            "joules per token times tokens per second is {tokens_w:.3} W, expected the meter's {power_w:.3} W"
+        )
+    });
+}
+
+fn agree(found: f64, expected: f64, tolerance: f64) -> bool {
+    (found / expected - 1.0).abs() <= tolerance
+}
+
+/// Sum of the devices' mean powers, each between its own readings.
+fn power_of_devices(energy: &Energy) -> f64 {
+    energy.devices.iter().map(|device| device.energy_j / seconds(device.t_a_ns, device.t_b_ns)).sum()
+}
+
+fn limit_w(meter: &Meter) -> Option<f64> {
+    meter.devices.value()?.iter().map(|device| device.power_limit_w.value()).sum()
+}
+
+fn seconds(from_ns: u64, to_ns: u64) -> f64 {
+    to_ns.saturating_sub(from_ns) as f64 / 1e9
 }
 
 fn check_row(cell: &Cell, row: &RequestRow, place: &str, found: &mut Vec<Violation>) {

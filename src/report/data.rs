@@ -67,8 +67,19 @@ pub fn csv(summary: &Summary) -> String {
         titles.extend(["count", "p50_ns", "p90_ns", "p99_ns"].map(|part| format!("{latency}_{part}")));
     }
     titles.extend(
-        ["mbu_share", "mfu_share", "tokens_per_joule", "tokens_per_money", "currency", "flags"]
-            .map(str::to_owned),
+        [
+            "mbu_share",
+            "mfu_share",
+            "tokens_per_joule",
+            "joules_per_token",
+            "power_w",
+            "energy_uncertainty_ratio",
+            "net_tokens_per_joule",
+            "tokens_per_money",
+            "currency",
+            "flags",
+        ]
+        .map(str::to_owned),
     );
     let mut text = titles.join(",") + "\n";
     for cell in &summary.cells {
@@ -102,7 +113,16 @@ fn csv_fields(summary: &Summary, cell: &CellSummary) -> Vec<String> {
     }
     fields.push(number(cell.mbu_share.value().copied()));
     fields.push(number(cell.mfu_share.value().copied()));
-    fields.push(number(cell.tokens_per_joule.value().copied()));
+    let energy = &cell.energy;
+    for value in [
+        &energy.tokens_per_joule,
+        &energy.joules_per_token,
+        &energy.power_w,
+        &energy.energy_uncertainty_ratio,
+        &energy.net_tokens_per_joule,
+    ] {
+        fields.push(number(value.value().copied()));
+    }
     fields.push(number(cell.tokens_per_money.value().copied()));
     fields.push(summary.currency.value().cloned().unwrap_or_default());
     fields.push(cell.flags.len().to_string());

@@ -73,10 +73,10 @@ fn machine(record: &Record) -> String {
 
 /// The table and its notes.
 pub fn section(summary: &Summary) -> String {
-    let titles = titles(&summary.currency);
+    let titles = titles(summary);
     let mut text = format!("| {} |\n|---|{}\n", titles.join(" | "), "--:|".repeat(titles.len() - 1));
     for cell in &summary.cells {
-        text.push_str(&format!("| {} |\n", row(cell).join(" | ")));
+        text.push_str(&format!("| {} |\n", row(summary, cell).join(" | ")));
     }
     text.push_str(&costs(summary));
     let notes = notes(summary);

@@ -1,11 +1,13 @@
 //! Summaries as people and programs read them. Computes nothing: what is printed stands in [`crate::analysis`].
 
+mod comparison;
 mod data;
 mod html;
 mod markdown;
 mod table;
 mod words;
 
+pub use comparison::{comparison_json, comparison_markdown, comparison_table};
 pub use data::{csv, json, jsonl};
 pub use html::page;
 pub use markdown::{document, section};
@@ -21,17 +23,24 @@ use crate::units::{format_ns, format_significant};
 const DASH: &str = "–";
 
 /// Column titles of the table and of the Markdown report.
-fn titles(currency: &Maybe<String>) -> Vec<String> {
-    let money = currency.value().map_or("tok/$".to_owned(), |code| format!("tok/{code}"));
-    ["cell", "tok/s", "±", "TTFT p50", "TTFT p99", "TPOT p50", "TPOT p99", "MBU", "MFU", "tok/J"]
-        .into_iter()
-        .map(str::to_owned)
+fn titles(summary: &Summary) -> Vec<String> {
+    let money = summary.currency.value().map_or("tok/$".to_owned(), |code| format!("tok/{code}"));
+    let joules: &[&str] = if has_energy(summary) { &["tok/J", "J/tok", "W"] } else { &["tok/J"] };
+    ["cell", "tok/s", "±", "TTFT p50", "TTFT p99", "TPOT p50", "TPOT p99", "MBU", "MFU"]
+        .iter()
+        .chain(joules)
+        .map(|title| (*title).to_owned())
         .chain([money])
         .collect()
 }
 
+/// Some cell has energy: without any, one column of dashes says so.
+fn has_energy(summary: &Summary) -> bool {
+    summary.cells.iter().any(|cell| cell.energy.power_w.value().is_some())
+}
+
 /// One cell as texts under [`titles`].
-fn row(cell: &CellSummary) -> Vec<String> {
+fn row(summary: &Summary, cell: &CellSummary) -> Vec<String> {
     let rate = cell.throughput.value();
     let tokens = rate.map_or(DASH.to_owned(), |rate| {
         let kind = match rate.tokens {
@@ -49,7 +58,7 @@ fn row(cell: &CellSummary) -> Vec<String> {
     };
     let number =
         |value: &Maybe<f64>| value.value().map_or(DASH.to_owned(), |value| format_significant(*value));
-    vec![
+    let mut row = vec![
         if cell.flags.is_empty() { cell.key.clone() } else { format!("{} !", cell.key) },
         tokens,
         spread,
@@ -59,9 +68,13 @@ fn row(cell: &CellSummary) -> Vec<String> {
         quantile(&cell.tpot, |quantiles| &quantiles.p99_ns),
         percent(&cell.mbu_share),
         percent(&cell.mfu_share),
-        number(&cell.tokens_per_joule),
-        number(&cell.tokens_per_money),
-    ]
+        number(&cell.energy.tokens_per_joule),
+    ];
+    if has_energy(summary) {
+        row.extend([number(&cell.energy.joules_per_token), number(&cell.energy.power_w)]);
+    }
+    row.push(number(&cell.tokens_per_money));
+    row
 }
 
 fn percent(share: &Maybe<f64>) -> String {
@@ -85,6 +98,10 @@ fn remarks(summary: &Summary) -> Vec<String> {
     let cells = &summary.cells;
     let mut notes: Vec<String> =
         summary.prices.value().map(|prices| format!("· prices: {prices}")).into_iter().collect();
+    if has_energy(summary) {
+        let from = summary.energy_from.value().map_or("unknown", String::as_str);
+        notes.push(format!("· tok/J, J/tok, W: from {from}; gross, idle power included"));
+    }
     let reason_of = |value: &Maybe<f64>| match value {
         Maybe::Missing(missing) => Some(missing.missing.clone()),
         Maybe::Value(_) => None,
@@ -105,7 +122,7 @@ fn remarks(summary: &Summary) -> Vec<String> {
         ("TPOT", latencies(|cell| &cell.tpot)),
         ("MBU", cells.iter().filter_map(|cell| reason_of(&cell.mbu_share)).collect()),
         ("MFU", cells.iter().filter_map(|cell| reason_of(&cell.mfu_share)).collect()),
-        ("tok/J", cells.iter().filter_map(|cell| reason_of(&cell.tokens_per_joule)).collect()),
+        ("tok/J", cells.iter().filter_map(|cell| reason_of(&cell.energy.tokens_per_joule)).collect()),
         ("price", cells.iter().filter_map(|cell| reason_of(&cell.tokens_per_money)).collect()),
     ] {
         let reasons: BTreeSet<String> = reasons.iter().map(|reason| explain(reason)).collect();
@@ -129,6 +146,11 @@ fn explain(reason: &str) -> String {
         "memory_too_small" => "too little free memory for the probe of its bandwidth".to_owned(),
         "requests_cross_the_window" => "requests of serving cells cross the window's edges".to_owned(),
         "not_recorded" => "the record is of a version that did not measure it".to_owned(),
+        "not_asked" => "no power sensor asked for (--power)".to_owned(),
+        "no_nvml" => "no NVML library".to_owned(),
+        "no_powercap" => "no power sensor of the CPU".to_owned(),
+        "rapl_permission" => "no permission to read the CPU's energy (tokmeter doctor says how)".to_owned(),
+        "short_window" => "the window is too short for the sensor (--min-seconds 10)".to_owned(),
         "no_run" => "not measured".to_owned(),
         "needs_5_observations" => "p50 needs 5 observations".to_owned(),
         "needs_299_observations" => "p99 needs 299 observations".to_owned(),
@@ -181,6 +203,10 @@ fn describe(flag: &Flag) -> String {
             percent(mbu_share),
             percent(mfu_share)
         ),
+        Flag::EnergyInDoubt { reasons } => {
+            let words: Vec<String> = reasons.iter().map(|reason| explain(reason)).collect();
+            format!("energy in doubt: {}", words.join("; "))
+        }
         Flag::CheckFailed { check, detail } => format!("check {check} failed: {detail}"),
     }
 }

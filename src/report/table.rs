@@ -10,9 +10,9 @@ use crate::analysis::Summary;
 pub fn table(summary: &Summary) -> String {
     let mut table = Table::new();
     table.load_style(NOTHING).set_content_arrangement(ContentArrangement::Disabled);
-    table.set_header(titles(&summary.currency));
+    table.set_header(titles(summary));
     for cell in &summary.cells {
-        table.add_row(row(cell));
+        table.add_row(row(summary, cell));
     }
     for column in table.column_iter_mut().skip(1) {
         column.set_cell_alignment(CellAlignment::Right);
@@ -42,7 +42,7 @@ pub(super) fn heading(summary: &Summary) -> String {
     text
 }
 
-fn trimmed(text: &str) -> String {
+pub(super) fn trimmed(text: &str) -> String {
     text.lines()
         .map(|line| line.trim_end().strip_prefix(' ').unwrap_or(line.trim_end()))
         .collect::<Vec<_>>()

@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::clock::{Clock, rfc3339_utc};
 use crate::engine::{Engine, StepOutput};
+use crate::meter::{Measured, Piece};
 use crate::record::{Cell, Maybe, Outcome, Run, Warmup, Workload};
 
 use trace::Trace;
@@ -36,7 +37,7 @@ pub struct Protocol {
 pub struct Stage<'a> {
     pub engine: &'a mut dyn Engine,
     pub clock: Clock,
-    pub witness: Witness,
+    pub witness: Witness<'a>,
     /// Set by a signal; looked at between steps.
     pub stop: &'a AtomicBool,
     /// Name of the device, for the record.
@@ -95,8 +96,8 @@ fn measure_runs(
         trace.clear();
         let started_at = rfc3339_utc(stage.clock.unix_ns());
         let run = match workload.static_batch() {
-            Some(_) => stationary::run(stage, workload, protocol, &mut trace)?,
-            None => serve::run(stage, workload, protocol, u64::from(index), &mut trace)?,
+            Some(_) => stationary::run(stage, workload, protocol, index, &mut trace)?,
+            None => serve::run(stage, workload, protocol, index, &mut trace)?,
         };
         cell.runs.push(Run { index, started_at, ..run });
     }
@@ -114,6 +115,32 @@ impl Stage<'_> {
             trace.push(output);
         }
         Ok(busy)
+    }
+
+    /// Waits for a random part of the power sensor's period, so that a load in step with the sensor meets it in another
+    /// phase in every run. Says whether it did: the load must then be brought up again before the window opens.
+    fn shift_phase(&self, protocol: &Protocol, run: u32) -> bool {
+        let period_ns = self.witness.sensor_period_ns();
+        if period_ns == 0 {
+            return false;
+        }
+        let wait_ns = crate::workload::random(protocol.seed, u64::from(run)) % period_ns;
+        self.clock.sleep_until_ns(self.clock.now_ns() + wait_ns);
+        true
+    }
+
+    /// Adds what the power meter saw of the run's window, in which these pieces of work were done.
+    fn with_power(&mut self, mut run: Run, pieces: &[Piece]) -> Run {
+        for window in &mut run.windows {
+            let (t0_ns, t1_ns, tokens_out) = (window.t0_ns, window.t1_ns, window.tokens_out);
+            let measured = Measured { t0_ns, t1_ns, tokens_out, pieces };
+            let (energy, conditions) = self.witness.power(&self.clock, &measured);
+            window.energy = energy;
+            window.clocks = conditions.clocks;
+            window.temperature = conditions.temperature;
+            window.clock_events = conditions.clock_events;
+        }
+        run
     }
 
     /// Steps until every submitted request has finished.

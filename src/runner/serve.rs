@@ -48,16 +48,17 @@ pub(super) fn run(
     stage: &mut Stage<'_>,
     workload: &Workload,
     protocol: &Protocol,
-    index: u64,
+    index: u32,
     trace: &mut Trace,
 ) -> Result<Run, Halt> {
     let mut output = StepOutput::default();
-    let mut load = Load::new(stage, workload, protocol, index);
+    stage.shift_phase(protocol, index);
+    let mut load = Load::new(stage, workload, protocol, u64::from(index));
     let begin_ns = stage.clock.now_ns();
     load.ramp(stage, protocol, &mut output, trace)?;
     let ramp = warmup_of(trace, stage.clock.now_ns() - begin_ns, load.submissions.len() as u64);
 
-    stage.witness.window_opens();
+    stage.witness.window_opens(&stage.clock);
     let t0_ns = stage.clock.now_ns();
     load.window(stage, protocol, t0_ns, &mut output, trace)?;
     let t1_ns = stage.clock.now_ns();
@@ -68,6 +69,7 @@ pub(super) fn run(
     let measured = Measured { t0_ns, t1_ns, cpu };
     let run = summary::of_serving(workload, trace, &load.submissions, measured, drain.unfinished);
     stage.engine.reset()?;
+    let run = stage.with_power(run, &summary::pieces_of_steps(trace));
     Ok(Run { ramp: Maybe::Value(ramp), drain: Maybe::Value(drain), ..run })
 }
 

@@ -32,12 +32,17 @@ pub(super) fn run(
     stage: &mut Stage<'_>,
     workload: &Workload,
     protocol: &Protocol,
+    index: u32,
     trace: &mut Trace,
 ) -> Result<Run, Halt> {
     let requests = requests(stage, workload, protocol);
     let mut output = StepOutput::default();
     let mut passes = Vec::new();
-    stage.witness.window_opens();
+    if stage.shift_phase(protocol, index) {
+        begin_pass(stage, &requests, false)?;
+        stage.finish_all(&mut output, &mut Trace::default())?;
+    }
+    stage.witness.window_opens(&stage.clock);
     let t0_ns = stage.clock.now_ns();
     loop {
         let begin_ns = stage.clock.now_ns();
@@ -50,7 +55,9 @@ pub(super) fn run(
     }
     let cpu = stage.witness.window_closes();
     let t1_ns = trace.steps.last().map_or(t0_ns, |step| step.visible_ns);
-    Ok(summary::of_passes(workload, trace, &passes, Measured { t0_ns, t1_ns, cpu }))
+    let pieces = summary::pieces_of_passes(workload, &passes, t1_ns);
+    let run = summary::of_passes(workload, trace, &passes, Measured { t0_ns, t1_ns, cpu });
+    Ok(stage.with_power(run, &pieces))
 }
 
 fn requests(stage: &Stage<'_>, workload: &Workload, protocol: &Protocol) -> Vec<Request> {

@@ -6,6 +6,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::trace::{Trace, arrives_inside, inside};
 use crate::engine::TokenEvent;
+use crate::meter::Piece;
 use crate::record::machine::CpuShare;
 use crate::record::{
     Check, Latency, LatencyHistogram, Maybe, RequestRow, Run, Steady, Window, WindowEnd, Workload, hex,
@@ -122,6 +123,35 @@ pub(super) fn of_serving(
         output_token_sha256: Maybe::missing("order_depends_on_time"),
         ..blank(window, latency, checks)
     }
+}
+
+/// The passes of a static cell as pieces of work, each up to the next one's beginning.
+pub(super) fn pieces_of_passes(workload: &Workload, passes: &[Pass], t1_ns: u64) -> Vec<Piece> {
+    let (batch, (input, output)) = (workload.static_batch().unwrap_or(0), workload.counted_tokens());
+    let tokens = |tokens: u32| u64::from(batch) * u64::from(tokens);
+    let piece = |(index, pass): (usize, &Pass)| Piece {
+        begin_ns: pass.begin_ns,
+        end_ns: passes.get(index + 1).map_or(t1_ns, |next| next.begin_ns),
+        tokens_in: tokens(input),
+        tokens_out: tokens(output),
+    };
+    passes.iter().enumerate().map(piece).collect()
+}
+
+/// The steps of a serving cell as pieces of work.
+pub(super) fn pieces_of_steps(trace: &Trace) -> Vec<Piece> {
+    let (mut previous_ns, mut events_begin) = (0, 0);
+    let piece = |step: &super::trace::StepTrace| {
+        let piece = Piece {
+            begin_ns: step.started_ns.max(previous_ns),
+            end_ns: step.visible_ns,
+            tokens_in: u64::from(step.prefill_tokens),
+            tokens_out: (step.events_end - events_begin) as u64,
+        };
+        (previous_ns, events_begin) = (step.visible_ns, step.events_end);
+        piece
+    };
+    trace.steps.iter().map(piece).collect()
 }
 
 fn blank(window: Window, latency: Latency, checks: Vec<Check>) -> Run {

@@ -9,13 +9,14 @@ use crate::record::Workload;
 use crate::workload::parse_numbers;
 
 /// Suites in the binary: name and text.
-const BUILT_IN: [(&str, &str); 6] = [
+const BUILT_IN: [(&str, &str); 7] = [
     ("quick", include_str!("../../suites/quick.toml")),
     ("gpu-quick", include_str!("../../suites/gpu-quick.toml")),
     ("standard", include_str!("../../suites/standard.toml")),
     ("gpu-standard", include_str!("../../suites/gpu-standard.toml")),
     ("decode", include_str!("../../suites/decode.toml")),
     ("prefill", include_str!("../../suites/prefill.toml")),
+    ("driver", include_str!("../../suites/driver.toml")),
 ];
 
 /// The suite of a bare `run` on a CPU.

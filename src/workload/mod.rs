@@ -50,6 +50,11 @@ impl Iterator for PoissonArrivals {
     }
 }
 
+/// Number `index` of a seeded sequence, uniform over all 64-bit numbers.
+pub(crate) fn random(seed: u64, index: u64) -> u64 {
+    mix(seed ^ mix(index.wrapping_add(1)))
+}
+
 /// The finaliser of SplitMix64 (Steele, Lea, Flood 2014): a bijection that mixes all bits.
 fn mix(mut z: u64) -> u64 {
     z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);

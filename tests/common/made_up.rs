@@ -5,19 +5,29 @@
 use std::collections::BTreeMap;
 
 use tokmeter::record::machine::Gpu;
-use tokmeter::record::{Ceiling, Ceilings, Clocks, Energy, Maybe, Record, Temperature};
+use tokmeter::record::{Ceiling, Ceilings, Clocks, Energy, Maybe, Record, Temperature, Window};
 
-/// Energy of a window of `seconds` at even power.
-pub fn energy(energy_j: f64, seconds: f64) -> Energy {
-    Energy { energy_j, duration_s: seconds }
+/// Energy of a whole window at even power.
+pub fn energy(window: &Window, watts: f64) -> Energy {
+    Energy {
+        t_a_ns: window.t0_ns,
+        t_b_ns: window.t1_ns,
+        energy_j: watts * (window.t1_ns - window.t0_ns) as f64 / 1e9,
+        uncertainty_j: 0.0,
+        tokens_in: window.tokens_in as f64,
+        tokens_out: window.tokens_out as f64,
+        doubts: Vec::new(),
+        devices: Vec::new(),
+        sampler_cpu_ns: Maybe::missing("not_measured"),
+    }
 }
 
 pub fn clocks(sm_mean_mhz: f64) -> Clocks {
-    Clocks { sm_mean_mhz, memory_mhz: 2619.0 }
+    Clocks { sm_mean_mhz, sm_min_mhz: sm_mean_mhz, memory_mhz: Maybe::Value(2619.0) }
 }
 
 pub fn temperature(start_c: f64, end_c: f64) -> Temperature {
-    Temperature { start_c, end_c }
+    Temperature { start_c, end_c, max_c: end_c }
 }
 
 /// The same cells, as if one GPU named `gpu` had computed Llama 3.1 8B in bf16.
@@ -31,6 +41,7 @@ pub fn on_gpu(scripted: &Record, gpu: &str) -> Record {
     record.engine.kv_dtype = "bf16".to_owned();
     record.engine.weights_bytes = 16_060_522_496;
     record.meter.source = Maybe::Value("nvml_total_energy".to_owned());
+    record.meter.scope = Maybe::Value("gpu".to_owned());
     record.machine.gpu_driver.version = Maybe::Value("580.95.05".to_owned());
     record.machine.gpus = vec![Gpu {
         index: 0,
@@ -46,8 +57,7 @@ pub fn on_gpu(scripted: &Record, gpu: &str) -> Record {
 /// Gives every window energy at `watts`, clocks and temperatures.
 pub fn set_power(record: &mut Record, watts: f64) {
     for window in record.cells.iter_mut().flat_map(|cell| &mut cell.runs).flat_map(|run| &mut run.windows) {
-        let seconds = (window.t1_ns - window.t0_ns) as f64 / 1e9;
-        window.energy = Maybe::Value(energy(watts * seconds, seconds));
+        window.energy = Maybe::Value(energy(window, watts));
         window.clocks = Maybe::Value(clocks(1755.0));
         window.temperature = Maybe::Value(temperature(51.0, 54.0));
     }

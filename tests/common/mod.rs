@@ -4,6 +4,7 @@
 #![allow(clippy::print_stderr)]
 
 pub mod requests;
+pub mod stand_in;
 pub mod tiny;
 
 use std::path::PathBuf;

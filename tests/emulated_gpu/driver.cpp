@@ -10,8 +10,9 @@
 // which a graph captures like a kernel, and asks emu_is_device what is device memory. Settings, all environment variables:
 //   EMU_ORDER forward | reverse | seed · EMU_NO_DEVICE=1 · EMU_MEMORY_BYTES (512 MiB) · EMU_OTHER_BYTES: held by someone
 //   else · EMU_COMPUTE_CAPABILITY (90) · EMU_MULTIPROCESSORS (4) · EMU_DRIVER_VERSION (13000; 12020 with EMU_OLD_DRIVER) ·
-//   EMU_LOSE_AFTER=n: the device fails at the n-th embed · EMU_L2_BYTES (16384: probes of the memory stay
-//   small) · EMU_TRACE=1: each operation as it runs, to stderr
+//   EMU_LOSE_AFTER=n: the device fails at the n-th embed · EMU_L2_BYTES (16384: probes of the memory stay small) ·
+//   EMU_TRACE=1: each operation as it runs, to stderr · EMU_NAME: of the device (one without `emulated` is given compiled
+//   kernels, whose code is ignored) · EMU_MODULE_ERROR=code: the answer to every image
 #include <mutex>
 #include <set>
 #include <tuple>
@@ -49,6 +50,8 @@ constexpr Name NAMES[] = {
     {200, "CUDA_ERROR_INVALID_IMAGE", "device kernel image is invalid"},
     {201, "CUDA_ERROR_INVALID_CONTEXT", "invalid device context"},
     {400, "CUDA_ERROR_INVALID_HANDLE", "invalid resource handle"},
+    {209, "CUDA_ERROR_NO_BINARY_FOR_GPU", "no kernel image is available for execution on the device"},
+    {222, "CUDA_ERROR_UNSUPPORTED_PTX_VERSION", "the provided PTX was compiled with an unsupported toolchain."},
     {500, "CUDA_ERROR_NOT_FOUND", "named symbol not found"},
     {600, "CUDA_ERROR_NOT_READY", "device not ready"},
     {701, "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES", "too many resources requested for launch"},
@@ -288,7 +291,8 @@ API cuDriverGetVersion(int* version) { return *version = int(setting("EMU_DRIVER
 API cuDeviceGetCount(int* count) { return *count = 1, state().initialized ? SUCCESS : NOT_INITIALIZED; }
 API cuDeviceGet(int* device, int ordinal) { return *device = ordinal, !state().initialized ? NOT_INITIALIZED : ordinal == 0 ? SUCCESS : INVALID_DEVICE; }
 API cuDeviceGetName(char* name, int size, int) {
-    snprintf(name, size_t(size), "emulated GPU (sm_%d)", capability());
+    if (const char* given = getenv("EMU_NAME")) snprintf(name, size_t(size), "%s", given);
+    else snprintf(name, size_t(size), "emulated GPU (sm_%d)", capability());
     return SUCCESS;
 }
 API cuDeviceGetUuid(unsigned char* uuid, int) { return memset(uuid, 0xE0, 16), SUCCESS; }
@@ -537,6 +541,7 @@ API cuGraphDestroy(void* graph) { return delete static_cast<Graph*>(graph), SUCC
 // ---- Modules and launches -----------------------------------------------------------------------------------------
 API cuModuleLoadData(void** module, const void* image) {
     NEEDS_CONTEXT;
+    if (int error = int(setting("EMU_MODULE_ERROR", 0))) return error;
     if (!image || !*static_cast<const char*>(image)) return INVALID_IMAGE;
     *module = new char;
     return SUCCESS;
@@ -629,6 +634,11 @@ API cuGetErrorString(int code, const char** text) {
     for (const Name& n : NAMES)
         if (n.code == code) return *text = n.text, SUCCESS;
     return *text = nullptr, INVALID_VALUE;
+}
+/// NVRTC asks for tables of private functions, without looking at the result: each begins with its size, and has none.
+API cuGetExportTable(const void** table, const void*) {
+    static const size_t empty[] = {sizeof(size_t)};
+    return *table = empty, SUCCESS;
 }
 API cuProfilerStart() { return SUCCESS; }
 API cuProfilerStop() { return SUCCESS; }

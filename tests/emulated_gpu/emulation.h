@@ -50,7 +50,7 @@ struct Site {
     const char* file;
     int line;
     static Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line}; }
-    bool operator==(const Site& other) const { return line == other.line && !strcmp(file, other.file); }
+    bool operator==(const Site& other) const { return line == other.line && (file == other.file || !strcmp(file, other.file)); }
 };
 
 // ---- Fibers: a context switch and nothing else -----------------------------------------------------------------
@@ -116,7 +116,7 @@ struct Order {
     }
     unsigned below(unsigned n) {
         state = state * 6364136223846793005ull + 1442695040888963407ull;
-        return unsigned((state >> 33) % n);
+        return unsigned((state >> 33) * n >> 31);
     }
     void arrange(std::vector<unsigned>& indices) {
         if (kind == Shuffled)
@@ -154,7 +154,7 @@ struct Fiber {
     Site at{"", 0};
     const char* what = "";
     std::vector<Copy> copies;          // issued, not landed
-    std::deque<size_t> groups;         // sizes of the committed groups, oldest first
+    std::vector<size_t> groups;        // sizes of the committed groups, oldest first
     size_t committed = 0;              // copies that belong to a group
 };
 struct Lane {
@@ -322,15 +322,27 @@ inline bool Run::pass() {
     for (size_t b = 0; b < resident.size(); b++) {
         if (resident[b]->slow_warp != ~0u && order().below(8)) stalled[b] = resident[b]->slow_warp;
     }
-    for (unsigned turn : turns) {
-        Fiber& fiber = resident[turn / threads]->fibers[turn % threads];
-        if (fiber.done || (fiber.gate && *fiber.gate == fiber.seen)) continue;
-        moved = true;
-        if (fiber.warp == stalled[turn / threads]) continue;
-        fiber.gate = nullptr;
-        current = &fiber;
-        switch_to(scheduler, fiber.context);
+    bool held_back = false, ran = false;
+    auto every_turn = [&] {
+        for (unsigned turn : turns) {
+            Fiber& fiber = resident[turn / threads]->fibers[turn % threads];
+            if (fiber.done || (fiber.gate && *fiber.gate == fiber.seen)) continue;
+            if (fiber.warp == stalled[turn / threads]) {
+                held_back = true;
+                continue;
+            }
+            moved = ran = true;
+            fiber.gate = nullptr;
+            current = &fiber;
+            switch_to(scheduler, fiber.context);
+        }
+    };
+    every_turn();
+    if (held_back && !ran) {  // all others wait for the slow warps
+        stalled.assign(stalled.size(), ~0u);
+        every_turn();
     }
+    moved |= held_back;
     for (size_t b = 0; b < resident.size();) {
         if (resident[b]->left == resident[b]->fibers.size()) {
             close(*resident[b]);
@@ -465,10 +477,9 @@ inline void copy_commit() {
 inline void copy_wait(unsigned pending) {
     Fiber& me = *current;
     size_t landed = 0;
-    while (me.groups.size() > pending) {
-        landed += me.groups.front();
-        me.groups.pop_front();
-    }
+    const size_t done = me.groups.size() - std::min<size_t>(pending, me.groups.size());
+    for (size_t i = 0; i < done; i++) landed += me.groups[i];
+    me.groups.erase(me.groups.begin(), me.groups.begin() + long(done));
     for (size_t i = 0; i < landed; i++) {
         const Copy& copy = me.copies[i];
         if (copy.bytes) memcpy(copy.to, copy.from, copy.bytes);
@@ -493,11 +504,10 @@ inline uint16_t f32_to_bf16(float value) {
     return uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 inline float f16_to_f32(uint16_t bits) {
-    int exponent = bits >> 10 & 31, mantissa = bits & 1023;
-    float magnitude = exponent == 31 ? (mantissa ? NAN : INFINITY)
-                      : exponent     ? std::ldexp(float(mantissa + 1024), exponent - 25)
-                                     : std::ldexp(float(mantissa), -24);
-    return bits >> 15 ? -magnitude : magnitude;
+    const uint32_t sign = uint32_t(bits & 0x8000) << 16, rest = bits & 0x7FFF;
+    if (rest >= 0x7C00) return float_of(sign | 0x7F800000 | (rest & 1023) << 13);  // infinity, NaN
+    if (rest >= 0x0400) return float_of(sign | ((rest << 13) + (112u << 23)));
+    return float_of(sign | bits_of(float(rest) * 5.9604644775390625e-08f));  // subnormal: units of 2^-24
 }
 inline uint16_t f32_to_f16(float value) {
     uint16_t sign = uint16_t(bits_of(value) >> 16 & 0x8000);
@@ -517,25 +527,28 @@ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (
     memcpy(in + 4, b, 8);
     memcpy(in + 6, d, 16);
     Lane* lanes = meet(~0u, in, sizeof in, at, "mma.sync", [widen](Lane* lanes) {
-        float left[16][16], right[16][8], sum[16][8];
+        typedef float Row __attribute__((vector_size(32)));
+        float left[16][16];
+        Row right[16], sum[16];
+        // A call by name can be inlined.
+        auto wide = [widen](uint16_t bits) { return widen == f16_to_f32 ? f16_to_f32(bits) : bf16_to_f32(bits); };
         for (int lane = 0; lane < 32; lane++) {
             int g = lane / 4, t = lane % 4;
             const uint32_t* r = lanes[lane].in;
             for (int half = 0; half < 2; half++) {
                 auto part = [half](uint32_t word) { return uint16_t(half ? word >> 16 : word); };
-                left[g][2 * t + half] = widen(part(r[0]));
-                left[g + 8][2 * t + half] = widen(part(r[1]));
-                left[g][2 * t + 8 + half] = widen(part(r[2]));
-                left[g + 8][2 * t + 8 + half] = widen(part(r[3]));
-                right[2 * t + half][g] = widen(part(r[4]));
-                right[2 * t + 8 + half][g] = widen(part(r[5]));
+                left[g][2 * t + half] = wide(part(r[0]));
+                left[g + 8][2 * t + half] = wide(part(r[1]));
+                left[g][2 * t + 8 + half] = wide(part(r[2]));
+                left[g + 8][2 * t + 8 + half] = wide(part(r[3]));
+                right[2 * t + half][g] = wide(part(r[4]));
+                right[2 * t + 8 + half][g] = wide(part(r[5]));
                 sum[g][2 * t + half] = float_of(r[6 + half]);
                 sum[g + 8][2 * t + half] = float_of(r[8 + half]);
             }
         }
         for (int k = 0; k < 16; k++)
-            for (int row = 0; row < 16; row++)
-                for (int column = 0; column < 8; column++) sum[row][column] += left[row][k] * right[k][column];
+            for (int row = 0; row < 16; row++) sum[row] += left[row][k] * right[k];
         for (int lane = 0; lane < 32; lane++)
             for (int i = 0; i < 4; i++)
                 lanes[lane].out[i] = bits_of(sum[lane / 4 + (i & 2) * 4][lane % 4 * 2 + (i & 1)]);

@@ -31,13 +31,16 @@ pub const SYNTHETIC: Source = source!("synthetic");
 pub const SILU: Source = source!("silu");
 pub const PEAKS: Source = source!("peaks");
 
+/// All of them.
+const SOURCES: [Source; 9] = [EMBED, NORM, GEMM, ROPE, ATTENTION, SAMPLE, SYNTHETIC, SILU, PEAKS];
+
 /// What the sources include.
 const HEADERS: [(&str, &str); 2] = [
     ("common.cuh", include_str!("../../../kernels/common.cuh")),
     ("ptx.cuh", include_str!("../../../kernels/ptx.cuh")),
 ];
 
-/// Options beside the architecture.
+/// Options beside the architecture. These lists and the key are also those of `scripts/nvrtc.py`.
 const OPTIONS: [&str; 2] = ["--std=c++17", "-default-device"];
 
 /// A CUBIN embedded by the build script from `kernels/prebuilt/`.
@@ -71,9 +74,13 @@ impl Origin {
     }
 }
 
-/// Whether this binary carries compiled kernels.
-pub fn has_prebuilt_kernels() -> bool {
-    !PREBUILT.is_empty()
+/// Architectures for which this binary carries all its kernels compiled, oldest first.
+pub fn embedded_architectures() -> Vec<&'static str> {
+    let mut found: Vec<&str> = PREBUILT.iter().filter_map(|kernel| kernel.name.split('.').nth(1)).collect();
+    found.sort_unstable_by_key(|name| (name.len(), *name));
+    found.dedup();
+    found.retain(|architecture| SOURCES.iter().all(|source| prebuilt(*source, architecture).is_some()));
+    found
 }
 
 /// The architecture that kernels are compiled for, for this device alone: `sm_90a`.
@@ -157,7 +164,7 @@ fn compile(source: Source, architecture: &str) -> anyhow::Result<Vec<u8>> {
     nvrtc::compile(&format!("{}.cu", source.name), source.text, &HEADERS, &options)
 }
 
-/// What the text of the kernels depends on; `scripts/prebuild_kernels.py` computes the same.
+/// What the text of the kernels depends on.
 fn source_key(source: Source) -> String {
     let options = OPTIONS.join("\n");
     let headers = HEADERS.iter().flat_map(|(name, text)| [name.as_bytes(), text.as_bytes()]);
@@ -169,13 +176,95 @@ fn cache_key(source: Source, architecture: &str, nvrtc_version: &str) -> String 
 }
 
 fn prebuilt(source: Source, architecture: &str) -> Option<&'static [u8]> {
-    let name = format!("{}.{architecture}.{}", source.name, source_key(source));
+    let name = prebuilt_name(source, architecture);
     PREBUILT.iter().find(|prebuilt| prebuilt.name == name).map(|prebuilt| prebuilt.image)
+}
+
+/// The file of `kernels/prebuilt/`, without `.cubin`, that an embedded image comes from.
+fn prebuilt_name(source: Source, architecture: &str) -> String {
+    format!("{}.{architecture}.{}", source.name, source_key(source))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Whether the compiler is here; TOKMETER_CUDA_LIBS names its folder. Under TOKMETER_REQUIRE_ALL=1 it must be.
+    fn has_compiler() -> bool {
+        let found = preload::nvrtc(13_000);
+        let required = std::env::var_os("TOKMETER_REQUIRE_ALL").is_some_and(|value| value == "1");
+        assert!(!required || found.is_ok(), "waived: {found:?}");
+        found.is_ok()
+    }
+
+    fn compiler_for(architecture: &str, cache: &std::path::Path) -> Compiler {
+        Compiler {
+            architecture: architecture.to_owned(),
+            is_emulated: false,
+            driver_cuda_version: 13_000,
+            cubins: Some(Cache::at(cache::KERNELS, cache)),
+            nvrtc: None,
+        }
+    }
+
+    #[test]
+    fn every_source_compiles_for_old_and_new_devices() {
+        if !has_compiler() {
+            return;
+        }
+        for architecture in ["sm_80", "sm_90a", "sm_120a"] {
+            for source in SOURCES {
+                let image = compile(source, architecture).unwrap();
+                let entry =
+                    format!(".text.{}", FIRST_ENTRY[SOURCES.iter().position(|s| *s == source).unwrap()]);
+                let has_entry = image.windows(entry.len()).any(|bytes| bytes == entry.as_bytes());
+                assert!(image.starts_with(b"\x7fELF") && has_entry, "{} for {architecture}", source.name);
+            }
+        }
+    }
+
+    /// One kernel of each source.
+    const FIRST_ENTRY: [&str; 9] = [
+        "embed_bf16",
+        "rms_norm_f16",
+        "gemm_stream_bf16_silu",
+        "rope_kv_bf16",
+        "attention_decode_bf16_128",
+        "sample_stage1",
+        "synthetic_bf16",
+        "silu_mul_bf16",
+        "mma_peak_f16",
+    ];
+
+    #[test]
+    fn the_script_that_compiles_beforehand_gives_the_names_that_are_looked_for() {
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/prebuild_kernels.py");
+        let run =
+            std::process::Command::new("python3").args([script, "--names", "sm_80", "sm_120a"]).output();
+        let output = run.expect("python3, which the tests need");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let names = String::from_utf8(output.stdout).unwrap();
+        for (source, architecture) in
+            SOURCES.iter().flat_map(|source| [(source, "sm_80"), (source, "sm_120a")])
+        {
+            let name = prebuilt_name(*source, architecture) + ".cubin";
+            assert!(names.lines().any(|line| line == name), "{name} is not among\n{names}");
+        }
+    }
+
+    #[test]
+    fn what_is_embedded_is_found_without_a_compiler() {
+        let dir = tempfile::tempdir().unwrap();
+        for architecture in embedded_architectures() {
+            let mut compiler = compiler_for(architecture, dir.path());
+            for source in SOURCES {
+                let (image, origin) = compiler.image(source).unwrap();
+                assert!(image.starts_with(b"\x7fELF") && origin == Origin::Prebuilt, "{}", source.name);
+            }
+            assert_eq!(compiler.nvrtc, None);
+        }
+        assert!(!embedded_architectures().contains(&"sm_10"));
+    }
 
     #[test]
     fn each_device_gets_its_own_architecture() {
@@ -189,22 +278,13 @@ mod tests {
         assert_eq!(error, "compute capability 7.5 is too old, expected at least 8.0");
     }
 
-    /// Without a compiler here this proves nothing; `scripts/kernel_matrix.py` compiles every kernel for every device.
     #[test]
     fn sources_compile_once_and_a_broken_cache_entry_is_made_again() {
-        if let Err(error) = preload::nvrtc(13_000) {
-            let required = std::env::var_os("TOKMETER_REQUIRE_ALL").is_some_and(|value| value == "1");
-            assert!(!required, "waived: {error}");
+        if !has_compiler() {
             return;
         }
         let dir = tempfile::tempdir().unwrap();
-        let mut compiler = Compiler {
-            architecture: "sm_90a".to_owned(),
-            is_emulated: false,
-            driver_cuda_version: 13_000,
-            cubins: Some(Cache::at(cache::KERNELS, dir.path())),
-            nvrtc: None,
-        };
+        let mut compiler = compiler_for("sm_90a", dir.path());
         // Not one of ours: those may be embedded.
         let own = Source {
             name: "own",
@@ -225,7 +305,10 @@ mod tests {
         );
         compiler.architecture = "sm_10".to_owned();
         let error = format!("{:#}", compiler.image(own).unwrap_err());
-        assert!(error.contains("for sm_10"), "{error}");
+        assert!(
+            error.contains("for sm_10") && error.contains("\nhint: this compiler does not know"),
+            "{error}"
+        );
     }
 
     #[test]

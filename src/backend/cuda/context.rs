@@ -30,12 +30,7 @@ pub struct Properties {
 impl Properties {
     /// The stand-in driver of the tests, not hardware.
     pub fn is_emulated(&self) -> bool {
-        self.name.contains("emulated")
-    }
-
-    /// A part of a card (multi-instance GPU).
-    pub fn is_mig(&self) -> bool {
-        self.name.contains(" MIG ")
+        library::is_emulated(&self.name)
     }
 
     /// Whether a kernel may start while its predecessor ends.
@@ -321,10 +316,9 @@ mod tests {
 
     #[test]
     fn a_slice_and_an_emulated_device_are_told_from_a_card() {
-        assert!(device("NVIDIA A100-SXM4-40GB MIG 1g.5gb", (8, 0), 13_000).is_mig());
+        assert!(library::is_slice("NVIDIA A100-SXM4-40GB MIG 1g.5gb") && !library::is_slice("NVIDIA B200"));
         assert!(device("emulated GPU (sm_90)", (9, 0), 13_000).is_emulated());
-        let card = device("NVIDIA B200", (10, 0), 13_000);
-        assert!(!card.is_mig() && !card.is_emulated());
+        assert!(!device("NVIDIA B200", (10, 0), 13_000).is_emulated());
     }
 
     #[test]

@@ -54,7 +54,27 @@ pub struct Device {
     pub compute_capability: Result<(i32, i32), Unavailable>,
 }
 
+/// Whether the device of this name is the stand-in driver of the tests, not hardware.
+pub(super) fn is_emulated(name: &str) -> bool {
+    name.contains("emulated")
+}
+
+/// Whether the device of this name is a part of a card (multi-instance GPU).
+pub(super) fn is_slice(name: &str) -> bool {
+    name.contains(" MIG ")
+}
+
 impl Device {
+    /// The stand-in driver of the tests, which takes kernels as text.
+    pub fn is_emulated(&self) -> bool {
+        self.name.as_deref().is_ok_and(is_emulated)
+    }
+
+    /// A part of a card (multi-instance GPU).
+    pub fn is_slice(&self) -> bool {
+        self.name.as_deref().is_ok_and(is_slice)
+    }
+
     /// Why the kernels cannot run on it; none when they can.
     pub fn unusable(&self) -> Option<String> {
         let capability = match &self.compute_capability {

@@ -29,7 +29,7 @@ mod samples;
 mod staging;
 
 pub use buffers::{CudaBuf, CudaKv, CudaWeight};
-pub use compile::{Origin, architecture, has_prebuilt_kernels};
+pub use compile::{Origin, architecture, embedded_architectures};
 pub use context::Properties;
 pub use convert::CudaDType;
 pub use device::{Cuda, CudaOptions, Gemm, supports};

@@ -31,7 +31,13 @@ pub(super) fn compile(
     // SAFETY: the program lives, and so do the strings.
     let result = unsafe { sys::nvrtcCompileProgram(program.0, pointers.len() as i32, pointers.as_ptr()) };
     if result != nvrtcResult::NVRTC_SUCCESS {
-        bail!("compiling {name}: {}\n{}", text(result), program.log().trim_end());
+        let hint = match result {
+            nvrtcResult::NVRTC_ERROR_INVALID_OPTION => {
+                "\nhint: this compiler does not know the device: pip install a newer nvidia-cuda-nvrtc"
+            }
+            _ => "",
+        };
+        bail!("compiling {name}: {}\n{}{hint}", text(result), program.log().trim_end());
     }
     let mut size = 0;
     // SAFETY: the program lives and was compiled.

@@ -31,24 +31,41 @@ pub(super) fn look(
     }
     driver(&mut section, machine);
     let Asked::Cuda(index) = asked else { return (section, true) };
-    let refusal = refusal(index, devices).or_else(|| no_compiler(libraries));
-    let can_run = refusal.is_none();
-    if let Some(refusal) = refusal {
-        section.missing(format!("asked: cuda:{index}"), refusal, Some("use --device cpu"));
+    let what = format!("asked: cuda:{index}");
+    let asked = devices.iter().flatten().find(|device| device.index == index);
+    if let Some(refusal) = refusal(index, devices) {
+        section.missing(what, refusal, Some("use --device cpu"));
+    } else if asked.is_some_and(|device| needs_compiler(device, libraries)) {
+        let remedy = format!(
+            "pip install nvidia-cuda-nvrtc, or name its folder in {SEARCH_VARIABLE}, or use a binary built after \
+             scripts/prebuild_kernels.py"
+        );
+        section.missing(what, "the kernel compiler libnvrtc.so is missing", Some(&remedy));
+    } else {
+        return (section, true);
     }
-    (section, can_run)
+    (section, false)
 }
 
-/// Kernels are compiled for the very device, unless they were when this binary was built.
-fn no_compiler(libraries: &[Found]) -> Option<String> {
+/// Kernels are compiled for the very device, unless they were when this binary was built; the stand-in driver takes
+/// their text.
+fn needs_compiler(device: &Device, libraries: &[Found]) -> bool {
+    let architecture = device.compute_capability.as_ref().ok().and_then(|c| cuda::architecture(*c).ok());
+    let is_embedded = architecture.is_some_and(|name| cuda::embedded_architectures().contains(&&*name));
     let is_here = libraries.iter().any(|file| file.library == "libnvrtc.so");
-    (!is_here && !cuda::has_prebuilt_kernels())
-        .then(|| "the kernel compiler libnvrtc.so is missing".to_owned())
+    !(device.is_emulated() || is_embedded || is_here)
 }
 
 /// Where each library was found first.
 pub(super) fn libraries(found: &[Found]) -> Section {
     let mut section = Section::new("libraries");
+    section.ok(
+        "kernels in this binary",
+        match &cuda::embedded_architectures()[..] {
+            [] => "none: libnvrtc.so compiles them for the device at its first run".to_owned(),
+            some => format!("compiled for {}", some.join(", ")),
+        },
+    );
     for library in &LIBRARIES {
         let what = format!("{} ({})", library.file, library.purpose);
         let files: Vec<&Found> = found.iter().filter(|file| file.library == library.file).collect();
@@ -74,7 +91,8 @@ fn present(section: &mut Section, device: &Device, chosen: &str) {
         None => (Status::Ok, "can run".to_owned()),
         Some(reason) => (Status::Warn, format!("cannot run: {reason}")),
     };
-    let value = format!("{name}, {memory}, compute capability {capability}: {verdict}");
+    let slice = if device.is_slice() { " (a slice of a card)" } else { "" };
+    let value = format!("{name}{slice}, {memory}, compute capability {capability}: {verdict}");
     section.add(status, format!("cuda:{}{chosen}", device.index), value, None);
 }
 
@@ -170,7 +188,7 @@ mod tests {
         let compiler = Found { library: "libnvrtc.so", path: "/lib/libnvrtc.so.13".into(), rule: "system" };
         let (text, can_run) = text_of(Asked::Cuda(0), &Ok(vec![h200()]), &[compiler]);
         assert!(can_run && !text.contains("asked"), "{text}");
-        if !cuda::has_prebuilt_kernels() {
+        if !cuda::embedded_architectures().contains(&"sm_90a") {
             let (text, can_run) = text_of(Asked::Cuda(0), &Ok(vec![h200()]), &[]);
             assert!(!can_run && text.contains("asked: cuda:0: the kernel compiler"), "{text}");
         }

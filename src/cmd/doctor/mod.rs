@@ -2,6 +2,7 @@
 
 mod device;
 mod host;
+mod probe;
 mod sensor;
 
 use std::ffi::OsString;
@@ -22,12 +23,16 @@ const OBSERVE_NS: u64 = 300_000_000;
 
 /// What is here: devices, drivers, libraries, sensors, permissions; what could not be read, and the exact remedy
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Examples:\n  tokmeter doctor\n  tokmeter doctor --device cuda:0 --format json\n\n\
+#[command(after_help = "Examples:\n  tokmeter doctor\n  tokmeter doctor --device cuda:0 --format json\n  \
+    tokmeter doctor --sensors\n\n\
     Exit codes: 0 the device can run, 1 it cannot")]
 pub struct Args {
     /// The device that is meant to run: auto, cpu or cuda:N
     #[arg(long, value_name = "auto|cpu|cuda:N", default_value = "auto")]
     device: Asked,
+    /// Read the GPUs' power sensors for some seconds each, and say how they behave
+    #[arg(long)]
+    sensors: bool,
     #[arg(long, value_enum, default_value_t = Format::Table)]
     format: Format,
 }
@@ -124,7 +129,7 @@ impl Section {
 }
 
 pub fn run(args: Args) -> anyhow::Result<u8> {
-    let findings = look(args.device);
+    let findings = look(args.device, args.sensors);
     let text = match args.format {
         Format::Table => table(&findings),
         Format::Json => serde_json::to_string_pretty(&findings)? + "\n",
@@ -133,13 +138,14 @@ pub fn run(args: Args) -> anyhow::Result<u8> {
     Ok(u8::from(!findings.can_run))
 }
 
-fn look(asked: Asked) -> Findings {
+fn look(asked: Asked, probes_sensors: bool) -> Findings {
     let roots = Roots::default();
     let variable = |name: &str| std::env::var_os(name).filter(|value: &OsString| !value.is_empty());
     let interference = machine::observe(&roots, &Clock::monotonic(), OBSERVE_NS);
     let machine = machine::capture(&roots);
     let libraries = library::search(&roots.root, &variable);
     let (devices, can_run) = device::look(asked, &machine, &library::devices(), &libraries);
+    let probed = probes_sensors.then(|| probe::sensors(&Clock::monotonic()));
     let sections = [
         host::processor(&machine),
         host::memory(&machine),
@@ -150,7 +156,7 @@ fn look(asked: Asked) -> Findings {
         sensor::power(&roots, &libraries),
         sensor::models(&variable),
     ];
-    let findings = sections.into_iter().flat_map(|section| section.findings).collect();
+    let findings = sections.into_iter().chain(probed).flat_map(|section| section.findings).collect();
     Findings { schema: SCHEMA, can_run, findings }
 }
 
@@ -202,7 +208,7 @@ mod tests {
 
     #[test]
     fn this_machine_can_run_on_its_cpu_and_every_finding_says_something() {
-        let findings = look(Asked::Cpu);
+        let findings = look(Asked::Cpu, false);
         assert!(findings.can_run);
         assert!(findings.findings.iter().all(|finding| !finding.value.is_empty()), "{findings:?}");
         let json = serde_json::to_value(&findings).unwrap();

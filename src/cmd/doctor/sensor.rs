@@ -7,6 +7,8 @@ use super::Section;
 use crate::backend::cuda::library::Found;
 use crate::machine::Roots;
 use crate::machine::files::{self, Reason};
+use crate::meter::nvml::Library;
+use crate::meter::rapl_remedy;
 use crate::units::format_bytes;
 use crate::weights::fetch;
 
@@ -18,10 +20,27 @@ pub(super) fn power(roots: &Roots, libraries: &[Found]) -> Section {
     rapl(&mut section, &roots.sys.join("class/powercap"));
     hwmon(&mut section, &roots.sys.join("class/hwmon"));
     match libraries.iter().find(|file| file.library == "libnvidia-ml.so") {
-        Some(file) => section.ok("NVML (GPU power)", file.path.display().to_string()),
-        None => section.missing("NVML (GPU power)", "libnvidia-ml.so.1 not found", None),
+        Some(file) => nvml(&mut section, &file.path),
+        None => section.missing(
+            "NVML (GPU power)",
+            "libnvidia-ml.so.1 not found",
+            Some("install the NVIDIA driver; in a container, start it with --gpus all"),
+        ),
     }
     section
+}
+
+/// The library may be there and still not talk to its driver.
+fn nvml(section: &mut Section, path: &Path) {
+    match Library::open(path.as_os_str()) {
+        Ok(library) => {
+            let driver = library.driver_version.unwrap_or_else(|reason| reason.replace('_', " "));
+            section.ok("NVML (GPU power)", format!("{}, driver {driver}", path.display()));
+        }
+        Err(absent) => {
+            section.missing("NVML (GPU power)", absent.to_string(), absent.remedy.as_deref());
+        }
+    }
 }
 
 /// Energy counters of the processor packages; readable only by root unless an administrator says otherwise.
@@ -44,17 +63,6 @@ fn rapl(section: &mut Section, powercap: &Path) {
             section.missing("RAPL (CPU energy)", format!("{names}: {}", reason.replace('_', " ")), None)
         }
     }
-}
-
-fn rapl_remedy(zones: &[PathBuf]) -> String {
-    let counters: Vec<String> =
-        zones.iter().map(|zone| zone.join("energy_uj").display().to_string()).collect();
-    let program =
-        std::env::current_exe().map_or_else(|_| "tokmeter".to_owned(), |path| path.display().to_string());
-    format!(
-        "sudo chmod a+r {} (until the next boot), or sudo setcap cap_dac_read_search+ep {program}",
-        counters.join(" ")
-    )
 }
 
 /// The packages and their memory; Intel's and AMD's zones have the same names.

@@ -7,6 +7,7 @@ use super::{Args, EngineChoice};
 use crate::cmd::device::{self, Target};
 use crate::cmd::{bad_file, usage};
 use crate::engine::FakeScript;
+use crate::meter::Choice as PowerChoice;
 use crate::record::{CostModel, Workload};
 use crate::runner::Protocol;
 use crate::suite::{self, Kind, Sizes, Suite};
@@ -25,6 +26,10 @@ const GPU_WEIGHT_BYTES: u64 = 2;
 /// Memory that a model needs, keys, values and activations included, for each byte of its weights.
 const ROOM_FOR_WEIGHTS: f64 = 1.35;
 const NANOS_PER_SECOND: f64 = 1e9;
+/// Shortest window in which a GPU's energy counter says enough.
+const ENERGY_SECONDS: f64 = 10.0;
+/// Longest time for which idle power is watched.
+const LONGEST_IDLE_SECONDS: f64 = 3600.0;
 
 /// What this invocation will do.
 #[derive(Debug)]
@@ -44,6 +49,10 @@ pub(super) struct Choices {
     pub(super) chunk: usize,
     pub(super) kv_memory_bytes: Option<u64>,
     pub(super) cost_model: Option<CostModel>,
+    pub(super) power: PowerChoice,
+    pub(super) require_energy: bool,
+    /// How long idle power is watched; 0 for not at all.
+    pub(super) idle_ns: u64,
     pub(super) session: Option<String>,
     pub(super) offline: bool,
 }
@@ -155,6 +164,9 @@ impl Choices {
             chunk,
             kv_memory_bytes: kv_memory_bytes.map_err(|error| usage(format!("--kv-memory: {error}")))?,
             cost_model: args.price.settle()?,
+            power: args.power.clone(),
+            require_energy: args.require_energy,
+            idle_ns: idle_ns(args.idle_seconds)?,
             session: args.session.clone(),
             offline: args.offline,
         })
@@ -275,7 +287,8 @@ fn rates(args: &Args) -> anyhow::Result<Vec<f64>> {
 
 fn protocol(args: &Args, suite: &Suite) -> anyhow::Result<Protocol> {
     let repeat = args.repeat.unwrap_or(suite.repeat);
-    let min_seconds = args.min_seconds.unwrap_or(suite.min_seconds);
+    let least_seconds = if args.require_energy { ENERGY_SECONDS } else { 0.0 };
+    let min_seconds = args.min_seconds.unwrap_or(suite.min_seconds.max(least_seconds));
     suite::check_protocol(repeat, min_seconds, suite.warmup_seconds)?;
     let max_seconds = args.max_seconds;
     if !(max_seconds >= min_seconds && max_seconds <= 86_400.0) {
@@ -291,6 +304,13 @@ fn protocol(args: &Args, suite: &Suite) -> anyhow::Result<Protocol> {
         warmup_ns: nanos(suite.warmup_seconds),
         seed: args.seed,
     })
+}
+
+fn idle_ns(seconds: f64) -> anyhow::Result<u64> {
+    if (0.0..=LONGEST_IDLE_SECONDS).contains(&seconds) {
+        return Ok((seconds * NANOS_PER_SECOND) as u64);
+    }
+    Err(usage(format!("--idle-seconds is {seconds}, expected 0 to {LONGEST_IDLE_SECONDS}")))
 }
 
 fn synthetic_seed(text: &str) -> anyhow::Result<Option<u64>> {

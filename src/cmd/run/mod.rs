@@ -4,6 +4,7 @@
 mod choices;
 mod model;
 mod numerics;
+mod power;
 mod record;
 mod start;
 mod view;
@@ -16,7 +17,8 @@ use clap::ValueEnum;
 
 use crate::clock::{Clock, file_stamp_utc};
 use crate::machine::Roots;
-use crate::record::{Cell, Outcome, Record, Status, Store, check_place};
+use crate::meter::{Choice, PowerMeter};
+use crate::record::{Cell, Outcome, Record, Status, Store, Workload, check_place};
 use crate::runner::{self, Stage, Witness};
 use crate::{analysis, report};
 
@@ -46,7 +48,7 @@ use view::View;
     tokmeter run --weights synthetic -m llama-3.2-1b --batch 1 --isl 128 --dry-run"
 )]
 pub struct Args {
-    /// Named suite (quick, gpu-quick, standard, gpu-standard, decode, prefill) or a suite file [default: quick, on cuda
+    /// Named suite (quick, gpu-quick, standard, gpu-standard, decode, prefill, driver) or a suite file [default: quick, on cuda
     /// gpu-quick]
     #[arg(long, value_name = "NAME|FILE")]
     suite: Option<String>,
@@ -110,6 +112,15 @@ pub struct Args {
     kv_memory: Option<String>,
     #[command(flatten)]
     price: PriceArgs,
+    /// Power sensor: auto, none, nvml, rapl, hwmon, replay:FILE or csv:FILE
+    #[arg(long, value_name = "SENSOR", default_value = "auto")]
+    power: Choice,
+    /// A cell without undoubted energy fails; windows last 10 s at least
+    #[arg(long)]
+    require_energy: bool,
+    /// Measure power before the start and with the weights resident, for so long each
+    #[arg(long, value_name = "SECONDS", default_value_t = 0.0)]
+    idle_seconds: f64,
     /// Name of this session (a boot and driver load), for comparing
     #[arg(long, value_name = "LABEL")]
     session: Option<String>,
@@ -162,15 +173,19 @@ pub fn run(args: Args) -> anyhow::Result<u8> {
     check_out(args.out.as_deref())?;
     let stop = interrupt::on_signal()?;
     let view = View::new(Arc::clone(&stop));
+    let mut meter = power::open(&choices)?;
     let mut started = start::start(&choices, &stop, &view)?;
+    power::observe_idle(&choices, &mut meter, &started.clock);
     let clock = started.clock.clone();
     let out = args.out.unwrap_or_else(|| {
         let device = choices.subject.to_string().replace(':', "");
         PathBuf::from(format!("tokmeter-{device}-{}.json", file_stamp_utc(clock.unix_ns())))
     });
-    let mut record = record::open(&choices, &started);
+    let mut record = record::open(&choices, &started, &meter);
     let store = Store::create(out, &record)?;
-    measure_all(&choices, &mut started, &mut record, &store, &view, &stop)?;
+    let mut bench =
+        Bench { choices: &choices, started: &mut started, meter: &mut meter, view: &view, stop: &stop };
+    bench.measure_all(&mut record, &store)?;
     view.finish();
     print(&rendered(&record, args.format)?)?;
     remark(&format!("record: {}", store.path().display()));
@@ -191,45 +206,56 @@ fn check_out(out: Option<&Path>) -> anyhow::Result<()> {
     }
 }
 
-/// Measures every cell, saving the record after each; stops early at a signal.
-fn measure_all(
-    choices: &Choices,
-    started: &mut start::Started,
-    record: &mut Record,
-    store: &Store,
-    view: &View,
-    stop: &AtomicBool,
-) -> anyhow::Result<()> {
-    for (index, workload) in choices.cells.iter().enumerate() {
-        if let Some(why) = started.obstacle(choices, workload) {
-            remark(&format!("skipped {}: {why}", workload.key()));
-            record.cells.push(Cell::skipped(*workload, choices.subject.to_string(), why));
-            continue;
+/// Everything that measuring needs, settled and started.
+struct Bench<'a> {
+    choices: &'a Choices,
+    started: &'a mut start::Started,
+    meter: &'a mut PowerMeter,
+    view: &'a View,
+    stop: &'a AtomicBool,
+}
+
+impl Bench<'_> {
+    /// Measures every cell, saving the record after each; stops early at a signal.
+    fn measure_all(&mut self, record: &mut Record, store: &Store) -> anyhow::Result<()> {
+        for (index, workload) in self.choices.cells.iter().enumerate() {
+            if let Some(why) = self.started.obstacle(self.choices, workload) {
+                remark(&format!("skipped {}: {why}", workload.key()));
+                record.cells.push(Cell::skipped(*workload, self.choices.subject.to_string(), why));
+                continue;
+            }
+            let cell = self.measure(index, workload);
+            record.meter = self.meter.record();
+            let interrupted = cell.outcome == Outcome::Interrupted;
+            record.cells.push(cell);
+            record::update_engine(record, self.started);
+            if interrupted {
+                record.status = Status::Interrupted;
+                break;
+            }
+            store.save(record)?;
         }
+        record::close(record, &self.started.clock);
+        store.save(record)
+    }
+
+    fn measure(&mut self, index: usize, workload: &Workload) -> Cell {
+        let (choices, view) = (self.choices, self.view);
         let mut on_run = |run, runs| view.run_begins(choices, index, run, runs);
         let mut stage = Stage {
-            engine: started.engine.as_mut(),
-            clock: started.clock.clone(),
-            witness: witness_for(&started.clock),
-            stop,
+            engine: self.started.engine.as_mut(),
+            clock: self.started.clock.clone(),
+            witness: witness_for(&self.started.clock).metered(self.meter),
+            stop: self.stop,
             device: choices.subject.to_string(),
             on_run: &mut on_run,
         };
         let cell = runner::measure(&mut stage, workload, &choices.protocol);
-        let interrupted = cell.outcome == Outcome::Interrupted;
-        record.cells.push(cell);
-        record::update_engine(record, started);
-        if interrupted {
-            record.status = Status::Interrupted;
-            break;
-        }
-        store.save(record)?;
+        if choices.require_energy { power::require_energy(cell) } else { cell }
     }
-    record::close(record, &started.clock);
-    store.save(record)
 }
 
-fn witness_for(clock: &Clock) -> Witness {
+fn witness_for(clock: &Clock) -> Witness<'static> {
     match clock {
         Clock::Monotonic { .. } => Witness::new(Roots::default()),
         Clock::Scripted(_) => Witness::blind(),

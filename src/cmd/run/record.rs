@@ -7,13 +7,14 @@ use crate::backend::{KernelInfo, PAGE_SIZE};
 use crate::clock::{Clock, rfc3339_utc};
 use crate::cmd::remark;
 use crate::machine::{self, Roots};
-use crate::record::{Command, Engine, Kernels, Maybe, Meter, Model, Record, SCHEMA, Session, Status, Tool};
+use crate::meter::PowerMeter;
+use crate::record::{Command, Engine, Kernels, Maybe, Model, Record, SCHEMA, Session, Status, Tool};
 
 /// How long the machine is watched before the first cell.
 const OBSERVED_NS: u64 = 400_000_000;
 
 /// The record before the first cell.
-pub(super) fn open(choices: &Choices, started: &Started) -> Record {
+pub(super) fn open(choices: &Choices, started: &Started, meter: &PowerMeter) -> Record {
     let roots = Roots::default();
     let machine = machine::capture(&roots);
     let interference = machine::observe(&roots, &started.clock, OBSERVED_NS);
@@ -22,7 +23,7 @@ pub(super) fn open(choices: &Choices, started: &Started) -> Record {
     }
     Record {
         schema: SCHEMA.to_owned(),
-        not_a_measurement: started.not_a_measurement.clone(),
+        not_a_measurement: started.not_a_measurement.clone().or_else(|| replayed(meter)),
         tool: Tool { name: env!("CARGO_PKG_NAME").to_owned(), version: env!("CARGO_PKG_VERSION").to_owned() },
         command: command(choices),
         started_at: rfc3339_utc(started.clock.unix_ns()),
@@ -42,7 +43,7 @@ pub(super) fn open(choices: &Choices, started: &Started) -> Record {
             weights: started.weights.clone(),
         },
         engine: engine(choices, started),
-        meter: Meter { source: Maybe::missing("no_sensor") },
+        meter: meter.record(),
         cost_model: given(choices.cost_model.clone(), "no_price"),
         numerics: started.numerics.clone(),
         ceilings: started.ceilings.clone(),
@@ -55,6 +56,11 @@ pub(super) fn update_engine(record: &mut Record, started: &Started) {
     let info = started.engine.info();
     record.engine.cublaslt = info.backend.cublaslt;
     record.engine.activations_bytes = info.memory.activations_bytes;
+}
+
+/// Energy from a trace that was played is nobody's.
+fn replayed(meter: &PowerMeter) -> Option<String> {
+    meter.is_replay().then(|| "power was replayed from a file".to_owned())
 }
 
 /// Marks the end. An interrupted record stays interrupted.

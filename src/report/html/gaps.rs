@@ -133,7 +133,8 @@ fn derived_gaps(subject: &Subject<'_>, summary: &CellSummary) -> Vec<Gap> {
     note("MBU", summary.mbu_share.reason());
     note("MFU", summary.mfu_share.reason());
     note("place on the roofline", roofline_point(subject.record, summary).reason());
-    note("tok/J", summary.tokens_per_joule.reason());
+    note("tok/J", summary.energy.tokens_per_joule.reason());
+    note("tok/J net of idle", summary.energy.net_tokens_per_joule.reason());
     note("tokens per unit of money", summary.tokens_per_money.reason());
     if let Maybe::Value(cost) = &summary.cost {
         note("cost of output tokens", cost.per_mtok_output.reason());

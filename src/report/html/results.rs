@@ -15,8 +15,8 @@ pub(super) fn results(subjects: &[Subject<'_>]) -> Section {
     for subject in subjects {
         blocks.push(Block::Table(Table {
             caption: subject.title(),
-            columns: titles(&subject.summary.currency),
-            rows: subject.summary.cells.iter().map(row).collect(),
+            columns: titles(&subject.summary),
+            rows: subject.summary.cells.iter().map(|cell| row(&subject.summary, cell)).collect(),
             is_text: false,
             is_folded: subjects.len() > 4,
         }));
