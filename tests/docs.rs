@@ -10,7 +10,8 @@ use serde_json::Value;
 use tokmeter::record::{Cell, Record};
 
 /// Folders whose `.md` files are documents.
-const FOLDERS: [&str; 6] = [".", "models", "suites", "results", "kernels", "tests/goldens"];
+const FOLDERS: [&str; 7] =
+    [".", "models", "suites", "results", "results/anchors", "kernels", "tests/goldens"];
 
 /// Marks of unfinished text.
 const FORBIDDEN: [&str; 3] = ["TODO", "FIXME", "lorem"];

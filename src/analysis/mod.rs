@@ -1,14 +1,17 @@
 //! What records say, computed from them alone: rates, percentiles, shares of the device's ceilings, tokens per joule
 //! and per unit of money. Pure functions of files; nothing here touches the machine.
 
+mod anchors;
 pub mod compare;
 mod cost;
+pub mod curves;
 mod energy;
 mod quantile;
 mod roofline;
 pub mod stats;
 mod summary;
 
+pub use anchors::{Anchor, AnchorFile, Distance, Figure, Load, PowerScope, embedded_anchors, parse_anchors};
 pub use cost::{CellCost, parse_cost, read_cost_file};
 pub use energy::CellEnergy;
 pub use quantile::Quantiles;

@@ -3,6 +3,7 @@
 use serde::Serialize;
 
 use super::Quantiles;
+use super::anchors::{self, Distance};
 use super::cost::{self, CellCost, Work, cell_cost};
 use super::energy::{self, CellEnergy};
 use super::roofline::{self, Utilization};
@@ -106,6 +107,9 @@ pub struct CellSummary {
     pub tokens_per_money: Maybe<f64>,
     /// What tokens cost, in the record's currency.
     pub cost: Maybe<CellCost>,
+    /// How far published figures of such a cell lie.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub anchors: Vec<Distance>,
     pub flags: Vec<Flag>,
 }
 
@@ -160,6 +164,7 @@ fn summarize_cell(record: &Record, cell: &Cell) -> CellSummary {
         tpot: quantiles(|latency| &latency.tpot),
         e2e: quantiles(|latency| &latency.e2e),
         step: quantiles(|latency| &latency.step),
+        anchors: anchors::distances(record, cell, &throughput, &energy.tokens_per_joule),
         tokens_per_money: tokens_per_money(cell, &cost),
         cost,
         energy,

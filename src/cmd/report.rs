@@ -1,6 +1,6 @@
 //! `tokmeter report`: records as something to read.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 
@@ -9,22 +9,44 @@ use crate::cmd::{bad_file, print, remark};
 use crate::record::{self, Maybe, Record};
 use crate::{analysis, report};
 
-/// Turn records into a Markdown document
+/// Turn records into a Markdown document, or into one self-contained HTML page with plots
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  tokmeter report tokmeter-cpu-20261122T101112Z.json\n  \
-    tokmeter report results/*/*.json --out report.md\n  tokmeter report record.json --cost costs/rental-h100.toml")]
+    tokmeter report results/*/*.json --out report.md\n  \
+    tokmeter report before.json after.json --out page.html\n  tokmeter report record.json --cost costs/rental-h100.toml")]
 pub struct Args {
     /// Record files
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
-    /// Write here instead of stdout
+    /// Write here instead of stdout; the ending .html makes it a page, any other Markdown
     #[arg(long, short, value_name = "FILE")]
     out: Option<PathBuf>,
+    /// Whatever the ending
+    #[arg(long, value_name = "FORMAT")]
+    format: Option<Format>,
     #[command(flatten)]
     price: PriceArgs,
     /// Also report records that say they are no measurement
     #[arg(long)]
     allow_not_a_measurement: bool,
+}
+
+/// What a report is written as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Format {
+    Markdown,
+    Html,
+}
+
+impl Format {
+    /// By the ending of the file.
+    fn of(path: Option<&Path>) -> Format {
+        let ending = path.and_then(Path::extension).map(std::ffi::OsStr::to_ascii_lowercase);
+        match ending {
+            Some(ending) if ending == "html" || ending == "htm" => Format::Html,
+            _ => Format::Markdown,
+        }
+    }
 }
 
 /// # Errors
@@ -39,7 +61,10 @@ pub fn run(args: Args) -> anyhow::Result<u8> {
     if let Some(model) = price {
         records.iter_mut().for_each(|record| record.cost_model = Maybe::Value(model.clone()));
     }
-    let text = report::document(&records);
+    let text = match args.format.unwrap_or_else(|| Format::of(args.out.as_deref())) {
+        Format::Markdown => report::document(&records),
+        Format::Html => report::page(&records)?,
+    };
     match &args.out {
         None => print(&text)?,
         Some(path) => {
@@ -51,7 +76,7 @@ pub fn run(args: Args) -> anyhow::Result<u8> {
     Ok(0)
 }
 
-fn read(path: &std::path::Path, allow_not_a_measurement: bool) -> anyhow::Result<Record> {
+fn read(path: &Path, allow_not_a_measurement: bool) -> anyhow::Result<Record> {
     let record = record::read(path)?;
     if !allow_not_a_measurement {
         analysis::refuse_unmeasured(&record)

@@ -2,17 +2,20 @@
 
 mod comparison;
 mod data;
+mod html;
 mod markdown;
 mod table;
+mod words;
 
 pub use comparison::{comparison_json, comparison_markdown, comparison_table};
 pub use data::{csv, json, jsonl};
+pub use html::page;
 pub use markdown::{document, section};
 pub use table::table;
 
 use std::collections::BTreeSet;
 
-use crate::analysis::{CellSummary, Flag, Quantiles, Summary, TokenKind};
+use crate::analysis::{CellSummary, Distance, Figure, Flag, Quantiles, Summary, TokenKind};
 use crate::record::Maybe;
 use crate::units::{format_ns, format_significant};
 
@@ -78,8 +81,20 @@ fn percent(share: &Maybe<f64>) -> String {
     share.value().map_or(DASH.to_owned(), |share| format!("{:.1} %", share * 100.0))
 }
 
-/// Why there are dashes, what the prices are, and what is flagged: one line each.
+/// What stands under a table, one line each: remarks, published figures, flags.
 fn notes(summary: &Summary) -> Vec<String> {
+    let mut notes = remarks(summary);
+    for cell in &summary.cells {
+        notes.extend(cell.anchors.iter().map(|distance| format!("≈ {}: {}", cell.key, against(distance))));
+    }
+    for cell in &summary.cells {
+        notes.extend(cell.flags.iter().map(|flag| format!("! {}: {}", cell.key, describe(flag))));
+    }
+    notes
+}
+
+/// Why there are dashes, and what the prices are.
+fn remarks(summary: &Summary) -> Vec<String> {
     let cells = &summary.cells;
     let mut notes: Vec<String> =
         summary.prices.value().map(|prices| format!("· prices: {prices}")).into_iter().collect();
@@ -116,9 +131,6 @@ fn notes(summary: &Summary) -> Vec<String> {
             notes.push(format!("{DASH} {what}: {}", words.join("; ")));
         }
     }
-    for cell in cells {
-        notes.extend(cell.flags.iter().map(|flag| format!("! {}: {}", cell.key, describe(flag))));
-    }
     notes
 }
 
@@ -144,6 +156,34 @@ fn explain(reason: &str) -> String {
         "needs_299_observations" => "p99 needs 299 observations".to_owned(),
         other => other.replace('_', " "),
     }
+}
+
+/// A published figure, ours, and the difference.
+fn against(distance: &Distance) -> String {
+    format!(
+        "anchor {}: {} {}, ours {}, {}",
+        distance.anchor,
+        format_significant(distance.published),
+        figure_unit(distance.figure),
+        format_significant(distance.ours),
+        percent_difference(distance)
+    )
+}
+
+fn figure_unit(figure: Figure) -> &'static str {
+    match figure {
+        Figure::InputTokensPerS => "input tok/s",
+        Figure::OutputTokensPerS => "output tok/s",
+        Figure::OutputTokensPerSPerGpu => "output tok/s per GPU",
+        Figure::JoulesPerToken => "J/tok",
+    }
+}
+
+/// `−12 %`, and a remark where that is hardly possible.
+fn percent_difference(distance: &Distance) -> String {
+    let percent = format!("{:+.0} %", distance.difference_ratio * 100.0).replace('-', "−");
+    let doubt = if distance.is_implausible() { "; more than 4 times apart, look for a mistake" } else { "" };
+    format!("{percent}{doubt}")
 }
 
 fn describe(flag: &Flag) -> String {

@@ -1,0 +1,140 @@
+//! One self-contained HTML page from records: no script, no request, light and dark, readable on paper. Sections are
+//! computed as data ([`content`]), charts as SVG ([`chart`]); the template `page.html` alone lays them out, and escapes
+//! whatever comes from a record.
+
+mod chart;
+mod content;
+mod cost;
+mod environment;
+mod gaps;
+mod latency;
+mod look;
+mod results;
+mod roofline;
+mod scale;
+mod subject;
+mod svg;
+mod throughput;
+mod timeline;
+mod tradeoff;
+
+use anyhow::Context as _;
+use minijinja::Environment;
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::Serde;
+
+use crate::record::{Maybe, Record, Status, canonical_sha256};
+
+use content::{Page, RecordHead};
+use subject::{Subject, models};
+use svg::printable;
+
+const TEMPLATE: &str = "page.html";
+
+/// The page of one or several records.
+///
+/// # Errors
+/// When a record has no canonical form, or the page cannot be laid out.
+pub fn page(records: &[Record]) -> anyhow::Result<String> {
+    let subjects = Subject::all(records);
+    let page = Page {
+        title: title(&subjects),
+        style: include_str!("style.css"),
+        version: env!("CARGO_PKG_VERSION"),
+        warnings: subjects.iter().flat_map(warnings).collect(),
+        records: subjects.iter().map(head).collect::<anyhow::Result<_>>()?,
+        sections: vec![
+            results::results(&subjects),
+            throughput::section(&subjects),
+            tradeoff::section(&subjects),
+            latency::section(&subjects),
+            roofline::section(&subjects),
+            results::anchors(&subjects),
+            timeline::section(&subjects),
+            cost::section(&subjects),
+            results::flags(&subjects),
+            gaps::section(&subjects),
+            environment::section(&subjects),
+            results::definitions(),
+        ],
+    };
+    lay_out(&page).context("the page cannot be laid out")
+}
+
+/// The page through the template, which escapes every text that is not marked as finished markup.
+fn lay_out(page: &Page) -> Result<String, minijinja::Error> {
+    let mut environment = Environment::new();
+    environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
+    environment.add_template(TEMPLATE, include_str!("page.html"))?;
+    let text = environment.get_template(TEMPLATE)?.render(Serde(page))?;
+    Ok(printable(&text))
+}
+
+fn title(subjects: &[Subject<'_>]) -> String {
+    let models = models(subjects).join(", ");
+    match subjects {
+        [subject] => format!("{models} on {}", subject.name),
+        _ => format!("{models} · {} records", subjects.len()),
+    }
+}
+
+/// What must be known before any number is read.
+fn warnings(subject: &Subject<'_>) -> Vec<String> {
+    let (record, mut warnings) = (subject.record, Vec::new());
+    if let Some(reason) = &record.not_a_measurement {
+        warnings.push(format!("NOT A MEASUREMENT: {reason}"));
+    }
+    if subject.summary.synthetic_weights {
+        warnings.push("SYNTHETIC WEIGHTS: true shapes, made-up values".to_owned());
+    }
+    match record.status {
+        Status::Complete => {}
+        Status::Running => warnings.push("the invocation had not ended, or was killed".to_owned()),
+        Status::Interrupted => warnings.push("the invocation was stopped by a signal".to_owned()),
+    }
+    if record.numerics.value().is_some_and(|numerics| !numerics.ok) {
+        warnings.push("the device computes something else than the CPU: see Numerics".to_owned());
+    }
+    warnings.into_iter().map(|warning| format!("#{}: {warning}", subject.number)).collect()
+}
+
+fn head(subject: &Subject<'_>) -> anyhow::Result<RecordHead> {
+    let record = subject.record;
+    let measured = record.cells.iter().filter(|cell| !cell.runs.is_empty()).count();
+    let facts = vec![
+        ("model", record.model.name.clone()),
+        (
+            "engine",
+            format!(
+                "{} {}, {} backend, computes in {}",
+                record.tool.name, record.tool.version, record.engine.backend, record.engine.compute_dtype
+            ),
+        ),
+        ("started", record.started_at.clone()),
+        (
+            "measured",
+            format!(
+                "{measured} of {} cells, {} runs each, windows of at least {} s",
+                record.command.planned_cells.len(),
+                record.command.repeat,
+                record.command.min_seconds
+            ),
+        ),
+        ("power meter", meter(record)),
+        ("command", record.command.argv.join(" ")),
+        ("SHA-256", canonical_sha256(record)?),
+    ];
+    Ok(RecordHead {
+        swatch: subject.look().swatch(),
+        number: subject.number,
+        name: subject.name.clone(),
+        facts,
+    })
+}
+
+fn meter(record: &Record) -> String {
+    match &record.meter.source {
+        Maybe::Value(source) => source.clone(),
+        Maybe::Missing(missing) => format!("none ({})", super::words::reason_in_words(&missing.missing)),
+    }
+}
