@@ -134,8 +134,11 @@ fn line(look: Look, name: &str, points: &[PercentilePoint], factor: f64) -> Line
     line
 }
 
+/// A latency of a cell, and its name.
+type NamedQuantiles = (&'static str, fn(&CellSummary) -> &Maybe<Quantiles>);
+
 fn table(subject: &Subject<'_>, records: usize) -> Table {
-    let latencies: [(&str, fn(&CellSummary) -> &Maybe<Quantiles>); 5] = [
+    let latencies: [NamedQuantiles; 5] = [
         ("TTFT", |cell| &cell.ttft),
         ("ITL", |cell| &cell.itl),
         ("TPOT", |cell| &cell.tpot),
