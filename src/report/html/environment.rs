@@ -125,6 +125,12 @@ fn flatten(name: &str, value: &Value, out: &mut Vec<(String, String)>) {
                 }
             }
         },
+        // A part that is a list, the GPUs: field by field, so that a difference shows where it is.
+        Value::Array(items) if name.is_empty() => {
+            for (index, item) in items.iter().enumerate() {
+                flatten(&index.to_string(), item, out);
+            }
+        }
         Value::Array(items) if items.iter().any(Value::is_object) => {
             for (index, item) in items.iter().enumerate() {
                 let mut fields = Vec::new();
@@ -229,6 +235,14 @@ mod tests {
         ];
         assert_eq!(text, expected);
         assert!(found.iter().all(|fact| fact.values[0].1.is_empty()));
+    }
+
+    #[test]
+    fn a_part_that_is_a_list_reads_field_by_field() {
+        let gpus =
+            serde_json::json!([{"index": 0, "memory_bytes": 1024}, {"index": 1, "memory_bytes": 2048}]);
+        let names: Vec<String> = facts([Some(&gpus)].into_iter()).into_iter().map(|fact| fact.name).collect();
+        assert_eq!(names, ["0 · index", "0 · memory", "1 · index", "1 · memory"]);
     }
 
     #[test]
