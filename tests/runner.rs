@@ -8,13 +8,19 @@ use tokmeter::clock::Clock;
 use tokmeter::engine::{
     Engine, EngineInfo, EngineLimits, FakeEngine, FakeScript, Request, StepOutput, SubmitError,
 };
-use tokmeter::record::{Cell, Maybe, Outcome, Run, Steady, Workload};
+use tokmeter::record::{Cell, Maybe, Outcome, Run, Steady, WarmupEnd, Workload};
 use tokmeter::runner::{Protocol, Stage, Witness, measure};
 
 const MS: u64 = 1_000_000;
 const LIMITS: EngineLimits = EngineLimits { max_batch: 16, chunk: 64, pages: 4096, max_context: 4096 };
-const PROTOCOL: Protocol =
-    Protocol { repeat: 2, min_window_ns: 500 * MS, max_window_ns: 20_000 * MS, warmup_ns: 0, seed: 1 };
+const PROTOCOL: Protocol = Protocol {
+    repeat: 2,
+    min_window_ns: 500 * MS,
+    max_window_ns: 20_000 * MS,
+    warmup_ns: 0,
+    steady: false,
+    seed: 1,
+};
 
 /// 10 ms a step, and 1 ms for each prompt token or sequence in it.
 fn script() -> FakeScript {
@@ -33,7 +39,11 @@ fn measured(workload: Workload, script: FakeScript) -> Cell {
     measured_on(engine, clock, workload)
 }
 
-fn measured_on(mut engine: impl Engine, clock: Clock, workload: Workload) -> Cell {
+fn measured_on(engine: impl Engine, clock: Clock, workload: Workload) -> Cell {
+    measured_by(engine, clock, workload, &PROTOCOL)
+}
+
+fn measured_by(mut engine: impl Engine, clock: Clock, workload: Workload, protocol: &Protocol) -> Cell {
     let mut stage = Stage {
         engine: &mut engine,
         clock,
@@ -42,7 +52,7 @@ fn measured_on(mut engine: impl Engine, clock: Clock, workload: Workload) -> Cel
         device: "fake".to_owned(),
         on_run: &mut |_, _| {},
     };
-    measure(&mut stage, &workload, &PROTOCOL)
+    measure(&mut stage, &workload, protocol)
 }
 
 fn only_window(run: &Run) -> &tokmeter::record::Window {
@@ -259,5 +269,99 @@ fn the_same_seed_gives_the_same_cell_to_the_bit() {
     ] {
         let noisy = FakeScript { noise_rel: 0.05, ..script() };
         assert_eq!(measured(workload, noisy.clone()), measured(workload, noisy));
+    }
+}
+
+/// Windows of 33 decode passes of 11 ms after a warm-up of 100 ms, assessed.
+const ASSESSED: Protocol =
+    Protocol { min_window_ns: 360 * MS, warmup_ns: 100 * MS, steady: true, ..PROTOCOL };
+const DECODE: Workload = Workload::Decode { batch: 1, depth: 64, osl: 1 };
+
+fn assessed(workload: Workload, script: FakeScript) -> Cell {
+    let clock = Clock::scripted();
+    let engine =
+        FakeEngine::new(FakeScript { per_context_token_ps: 0, ..script }, LIMITS, 1000, clock.clone());
+    measured_by(engine.unwrap(), clock, workload, &ASSESSED)
+}
+
+fn classes(cell: &Cell) -> Vec<Steady> {
+    cell.runs.iter().map(|run| run.steady).collect()
+}
+
+#[test]
+fn an_even_load_is_flat_after_one_stretch_and_steady() {
+    for workload in [
+        DECODE,
+        Workload::Prefill { batch: 1, isl: 2 },
+        Workload::ServeClosed { concurrency: 4, isl: 4, osl: 8, requests: 40 },
+    ] {
+        let cell = assessed(workload, FakeScript { noise_rel: 0.01, ..script() });
+        let warmup = cell.warmup.value().unwrap();
+        assert_eq!(warmup.ended, Maybe::Value(WarmupEnd::Flat), "{workload:?}: {warmup:?}");
+        assert_eq!(classes(&cell), [Steady::Steady; 2], "{workload:?}");
+    }
+}
+
+#[test]
+fn a_cold_engine_is_warmed_up_until_it_is_flat_and_longer_than_asked() {
+    let cold = FakeScript { cold_rel: 1.0, cold_steps: 30, ..script() };
+    let cell = assessed(DECODE, cold.clone());
+    let warmup = cell.warmup.value().unwrap();
+    assert_eq!(warmup.ended, Maybe::Value(WarmupEnd::Flat));
+    assert!(warmup.steps >= 30 && warmup.duration_ns < 1_000 * MS, "{warmup:?}");
+    assert_eq!(classes(&cell), [Steady::Steady; 2]);
+    // Without the wait the first window is inside the slow stretch.
+    let clock = Clock::scripted();
+    let engine = FakeEngine::new(cold, LIMITS, 1000, clock.clone()).unwrap();
+    let fixed = measured_by(engine, clock, DECODE, &Protocol { steady: false, ..ASSESSED });
+    assert_eq!(fixed.warmup.value().unwrap().ended, Maybe::Value(WarmupEnd::Fixed));
+    assert_eq!(classes(&fixed), [Steady::NotAssessed; 2]);
+    let span_ns = |cell: &Cell| only_window(&cell.runs[0]).t1_ns - only_window(&cell.runs[0]).t0_ns;
+    let passes = |cell: &Cell| only_window(&cell.runs[0]).passes;
+    assert!(span_ns(&fixed) / passes(&fixed) > span_ns(&cell) / passes(&cell) * 11 / 10);
+}
+
+#[test]
+fn a_warm_up_that_never_becomes_flat_ends_at_ten_times_its_length() {
+    let cell = assessed(DECODE, FakeScript { cold_rel: 1.0, cold_steps: 300, ..script() });
+    let warmup = cell.warmup.value().unwrap();
+    assert_eq!(warmup.ended, Maybe::Value(WarmupEnd::Bound));
+    assert!(warmup.duration_ns >= 1_000 * MS && warmup.duration_ns < 1_030 * MS, "{warmup:?}");
+    assert_eq!(cell.outcome, Outcome::Measured);
+    assert_eq!(classes(&cell)[0], Steady::Warmup);
+}
+
+#[test]
+fn a_shift_within_a_window_flags_that_run_alone() {
+    // The warm-up takes 12 steps, two of them for the first pass; each run about 33.
+    for (shift, class) in [(1.05, Steady::Slowdown), (0.95, Steady::Warmup)] {
+        let cell = assessed(DECODE, FakeScript { shift, shift_at_step: 25, ..script() });
+        assert_eq!(classes(&cell), [class, Steady::Steady], "{shift}");
+        assert_eq!(cell.outcome, Outcome::Measured, "kept");
+        assert!(only_window(&cell.runs[0]).passes >= 28);
+    }
+}
+
+#[test]
+fn an_open_loop_is_never_assessed_by_its_pace_and_few_passes_are_not_at_all() {
+    let light = FakeScript { base_ns: MS, per_prefill_token_ns: 0, per_decode_token_ns: 0, ..script() };
+    let open = Workload::ServeOpen { request_rate_per_s: 20.0, isl: 8, osl: 2, requests: 50 };
+    let cell = assessed(open, light);
+    assert_eq!(classes(&cell), [Steady::NotAssessed; 2]);
+    assert_eq!(cell.warmup.value().unwrap().ended, Maybe::Value(WarmupEnd::Fixed));
+    let long = assessed(Workload::Prefill { batch: 1, isl: 60 }, script());
+    assert_eq!(classes(&long), [Steady::NotAssessed; 2], "6 passes of 71 ms");
+}
+
+#[test]
+fn an_open_loops_window_opens_on_a_queue_that_has_filled() {
+    // 16 run at once, about 1.1 s each: 10 a second keep about 11 in flight, which take about a second to gather.
+    let slow = FakeScript { base_ns: 100 * MS, per_prefill_token_ns: 0, per_decode_token_ns: 0, ..script() };
+    let cell =
+        measured(Workload::ServeOpen { request_rate_per_s: 10.0, isl: 8, osl: 11, requests: 60 }, slow);
+    for run in &cell.runs {
+        assert!(only_window(run).backlog.at_t0 >= 5, "{:?}", only_window(run).backlog);
+        assert!(run.ramp.value().unwrap().duration_ns >= 1_500 * MS, "{:?}", run.ramp);
+        assert_ne!(run.steady, Steady::Unsustainable);
     }
 }

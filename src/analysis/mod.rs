@@ -6,6 +6,7 @@ mod energy;
 mod quantile;
 mod roofline;
 mod summary;
+mod throttle;
 
 pub use cost::{CellCost, parse_cost, read_cost_file};
 pub use energy::CellEnergy;

@@ -120,6 +120,21 @@ pub struct Warmup {
     pub duration_ns: u64,
     pub steps: u64,
     pub requests: u64,
+    /// Why it ended.
+    #[serde(default = "Maybe::<WarmupEnd>::not_recorded", skip_serializing_if = "Maybe::is_not_recorded")]
+    pub ended: Maybe<WarmupEnd>,
+}
+
+/// What ended a warm-up or a ramp.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum WarmupEnd {
+    /// The asked time and amount of work were done; flatness was not asked for.
+    Fixed,
+    /// Times, clocks and temperature were flat.
+    Flat,
+    /// The longest time was over before that.
+    Bound,
 }
 
 /// One repetition. Times are nanoseconds of the run's own monotonic clock.
@@ -282,7 +297,16 @@ pub struct Drain {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Steady {
+    /// Not asked for, an open loop, or too few pieces of work.
     NotAssessed,
+    /// No change that matters was found.
+    Steady,
+    /// The work became faster within the window.
+    Warmup,
+    /// The work became slower within the window.
+    Slowdown,
+    /// The speed came and went.
+    NoSteadyState,
     /// Open loop only: the backlog grew, so the latencies belong to the length of the window, not to the engine.
     Unsustainable,
 }

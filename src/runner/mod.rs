@@ -4,8 +4,10 @@
 
 mod serve;
 mod stationary;
+mod steady;
 mod summary;
 mod trace;
+mod warmup;
 mod witness;
 
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,7 +15,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use crate::clock::{Clock, rfc3339_utc};
 use crate::engine::{Engine, StepOutput};
 use crate::meter::{Measured, Piece};
-use crate::record::{Cell, Maybe, Outcome, Run, Warmup, Workload};
+use crate::record::{Cell, Maybe, Outcome, Run, Warmup, WarmupEnd, Workload};
 
 use trace::Trace;
 pub use witness::Witness;
@@ -29,6 +31,8 @@ pub struct Protocol {
     pub max_window_ns: u64,
     /// Shortest warm-up, ns; at least one whole pass is warmed up whatever this says.
     pub warmup_ns: u64,
+    /// The warm-up goes on until times are flat, ten times `warmup_ns` at most, and each run is assessed.
+    pub steady: bool,
     /// Seed of prompts and arrivals.
     pub seed: u64,
 }
@@ -157,6 +161,6 @@ impl Stage<'_> {
     }
 }
 
-fn warmup_of(trace: &Trace, duration_ns: u64, requests: u64) -> Warmup {
-    Warmup { duration_ns, steps: trace.steps.len() as u64, requests }
+fn warmup_of(trace: &Trace, duration_ns: u64, requests: u64, ended: WarmupEnd) -> Warmup {
+    Warmup { duration_ns, steps: trace.steps.len() as u64, requests, ended: Maybe::Value(ended) }
 }

@@ -217,7 +217,7 @@ fn suite_of(args: &Args, subject: &Subject) -> anyhow::Result<Suite> {
     let cells = suite::expand(kind, &sizes).map_err(usage)?;
     let (repeat, min_seconds, warmup_seconds) = (3, 1.5, 0.3);
     let (name, description) = (String::new(), String::new());
-    Ok(Suite { name, description, repeat, min_seconds, warmup_seconds, cells })
+    Ok(Suite { name, description, repeat, min_seconds, warmup_seconds, steady: false, cells })
 }
 
 fn usage_of(error: anyhow::Error) -> anyhow::Error {
@@ -302,6 +302,7 @@ fn protocol(args: &Args, suite: &Suite) -> anyhow::Result<Protocol> {
         min_window_ns: nanos(min_seconds),
         max_window_ns: nanos(max_seconds).max(1),
         warmup_ns: nanos(suite.warmup_seconds),
+        steady: suite.steady,
         seed: args.seed,
     })
 }
