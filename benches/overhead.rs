@@ -24,6 +24,7 @@ const WINDOW: Protocol = Protocol {
     max_window_ns: 10_000_000_000,
     warmup_ns: 0,
     steady: false,
+    cool_to_c: None,
     seed: 0,
 };
 

@@ -234,6 +234,17 @@ fn a_run_that_slows_down_is_kept_and_flagged_in_words() {
     assert!(markdown.stdout.contains(flag), "{}", markdown.stdout);
 }
 
+#[test]
+fn cooling_down_without_a_temperature_is_refused_before_anything_is_measured() {
+    let folder = tempdir().unwrap();
+    let done = fake(folder.path(), &["--batch", "1", "--isl", "40", "--thermal", "cooldown"]);
+    assert_eq!(done.code, Some(2), "{done:?}");
+    let error = "error: --thermal cooldown: the temperature cannot be read (no_sensor), expected a sensor that shows it\n\
+        hint: ";
+    assert!(done.stderr.starts_with(error), "{}", done.stderr);
+    assert_eq!(folder.path().read_dir().unwrap().count(), 0, "no file is written");
+}
+
 /// The same record at another price: nothing measured changes, and the arithmetic is that of a slip of paper.
 #[test]
 fn another_price_changes_no_measured_value() {

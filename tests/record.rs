@@ -128,7 +128,9 @@ fn places(value: &Value, at: &str, out: &mut Vec<String>) {
 }
 
 /// Fields that older files lack: read as not recorded, and left out again when such a file is copied.
-const YOUNGER: [&str; 14] = [
+const YOUNGER: [&str; 16] = [
+    "/cells/*/runs/*/cooldown",
+    "/command/thermal",
     "/cells/*/warmup/ended",
     "/cells/*/runs/*/ramp/ended",
     "/command/steady",

@@ -8,6 +8,7 @@ use tokmeter::clock::Clock;
 use tokmeter::engine::{
     Engine, EngineInfo, EngineLimits, FakeEngine, FakeScript, Request, StepOutput, SubmitError,
 };
+use tokmeter::meter::{PowerMeter, PowerSensor, Quantity, Samples, SensorInfo, Series, State};
 use tokmeter::record::{Cell, Maybe, Outcome, Run, Steady, WarmupEnd, Workload};
 use tokmeter::runner::{Protocol, Stage, Witness, measure};
 
@@ -19,6 +20,7 @@ const PROTOCOL: Protocol = Protocol {
     max_window_ns: 20_000 * MS,
     warmup_ns: 0,
     steady: false,
+    cool_to_c: None,
     seed: 1,
 };
 
@@ -364,4 +366,87 @@ fn an_open_loops_window_opens_on_a_queue_that_has_filled() {
         assert!(run.ramp.value().unwrap().duration_ns >= 1_500 * MS, "{:?}", run.ramp);
         assert_ne!(run.steady, Steady::Unsustainable);
     }
+}
+
+/// A device of 80 °C that cools by 1 °C a second while nothing is asked of it, to 40 °C.
+struct Cooling {
+    clock: Clock,
+    since_ns: u64,
+}
+
+impl PowerSensor for Cooling {
+    fn info(&self) -> SensorInfo {
+        SensorInfo {
+            source: "replay",
+            scope: "gpu",
+            quantity: Quantity::Power,
+            devices: Vec::new(),
+            systematic_share: Maybe::missing("not_known"),
+            shortest_window_ns: 0,
+            idle_floor_w: None,
+            trace: Maybe::missing("not_a_trace"),
+        }
+    }
+
+    fn begin(&mut self, _: &Clock) {}
+
+    fn end(&mut self) {}
+
+    /// A look at the temperature takes half a second; anything else is work, which heats it again.
+    fn collect(&mut self, _: &Clock, (t0_ns, t1_ns): (u64, u64)) -> Samples {
+        if t1_ns - t0_ns != 500 * MS {
+            self.since_ns = self.clock.now_ns();
+        }
+        let temperature_c = (80.0 - (self.clock.now_ns() - self.since_ns) as f64 / 1e9).max(40.0);
+        let no = || Err("not_known".to_owned());
+        let state = State {
+            sm_mhz: Err("not_known".to_owned()),
+            memory_mhz: Err("not_known".to_owned()),
+            temperature_c: Ok(temperature_c),
+            reasons_mask: no(),
+            software_power_cap_ns: no(),
+            software_thermal_ns: no(),
+            hardware_thermal_ns: no(),
+            hardware_power_brake_ns: no(),
+        };
+        let series = Series { states: vec![state.clone(), state], ..Series::failed("not_known") };
+        Samples { series: vec![series], sampler_cpu_ns: Maybe::missing("not_known"), clock_stepped: false }
+    }
+}
+
+fn cooled_to(cool_to_c: f64) -> Cell {
+    let clock = Clock::scripted();
+    let mut engine = FakeEngine::new(script(), LIMITS, 1000, clock.clone()).unwrap();
+    let mut meter = PowerMeter::of(Ok(Box::new(Cooling { clock: clock.clone(), since_ns: 0 })));
+    let mut stage = Stage {
+        engine: &mut engine,
+        clock,
+        witness: Witness::blind().metered(&mut meter),
+        stop: &AtomicBool::new(false),
+        device: "fake".to_owned(),
+        on_run: &mut |_, _| {},
+    };
+    measure(&mut stage, &DECODE, &Protocol { cool_to_c: Some(cool_to_c), ..ASSESSED })
+}
+
+#[test]
+fn a_device_cools_before_each_run_and_is_warmed_up_again() {
+    let cell = cooled_to(70.0);
+    assert_eq!(cell.outcome, Outcome::Measured);
+    for run in &cell.runs {
+        let cooldown = run.cooldown.value().unwrap();
+        assert!(cooldown.reached && cooldown.end_c <= 70.0 && cooldown.end_c > 69.0, "{cooldown:?}");
+        assert!(cooldown.duration_ns >= 9_000 * MS && cooldown.duration_ns <= 11_000 * MS, "{cooldown:?}");
+        assert!(cooldown.warmup.steps >= 8, "{cooldown:?}");
+        assert_eq!(run.output_token_sha256, cell.runs[0].output_token_sha256);
+    }
+    assert_eq!(cell.warmup.value(), cell.runs[0].cooldown.value().map(|cooldown| &cooldown.warmup));
+}
+
+#[test]
+fn a_device_that_stays_warm_is_waited_for_two_minutes_and_no_longer() {
+    let cell = cooled_to(30.0);
+    let cooldown = cell.runs[1].cooldown.value().unwrap();
+    assert!(!cooldown.reached && cooldown.end_c == 40.0, "{cooldown:?}");
+    assert!(cooldown.duration_ns.abs_diff(120_000 * MS) <= 500 * MS, "{cooldown:?}");
 }

@@ -9,6 +9,9 @@ use super::{Absent, Conditions, Hwmon, PowerSensor, Rapl, Samples, SensorInfo, T
 use crate::clock::Clock;
 use crate::record::{Energy, IdlePower, Maybe, Meter};
 
+/// Time that one look at the temperature takes.
+const TEMPERATURE_NS: u64 = 500_000_000;
+
 /// What `--power` asks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Choice {
@@ -146,6 +149,15 @@ impl PowerMeter {
             Ok(sensor) => conditions_in(&sensor.collect(clock, window_ns)),
             Err(absent) => Conditions::missing(&absent.reason),
         }
+    }
+
+    /// The device's temperature, watched for [`TEMPERATURE_NS`].
+    pub fn temperature_c(&mut self, clock: &Clock) -> Maybe<f64> {
+        self.begin(clock);
+        let t0_ns = clock.now_ns();
+        clock.sleep_until_ns(t0_ns + TEMPERATURE_NS);
+        self.end();
+        self.conditions(clock, (t0_ns, clock.now_ns())).temperature.map(|shown| shown.end_c)
     }
 
     /// Watches the device while nothing uses it, before this program has touched it.

@@ -252,9 +252,9 @@ mod tests {
 
     #[test]
     fn what_comes_and_goes_has_no_steady_state_unless_it_is_shorter_than_a_block() {
-        let slow = |at: f64| if (at * 4.0) as u64 % 2 == 0 { 1.0 } else { 1.05 };
+        let slow = |at: f64| if ((at * 4.0) as u64).is_multiple_of(2) { 1.0 } else { 1.05 };
         assert!(share(60, 0.01, slow, |times| class_of(times) == Steady::NoSteadyState) >= 0.95);
-        let quick = |at: f64| if (at * 600.0).round() as u64 % 2 == 0 { 1.0 } else { 1.05 };
+        let quick = |at: f64| if ((at * 600.0).round() as u64).is_multiple_of(2) { 1.0 } else { 1.05 };
         assert!(share(600, 0.01, quick, |times| class_of(times) == Steady::Steady) >= 0.97);
     }
 

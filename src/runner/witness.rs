@@ -57,6 +57,10 @@ impl<'a> Witness<'a> {
         power.conditions(clock, window_ns)
     }
 
+    pub(crate) fn temperature_c(&mut self, clock: &Clock) -> Maybe<f64> {
+        self.power.as_mut().map_or_else(|| Maybe::missing("no_sensor"), |power| power.temperature_c(clock))
+    }
+
     /// Returns at once: in a serving cell the load goes on.
     pub(crate) fn window_closes(&mut self) -> Maybe<CpuShare> {
         if let Some(power) = &mut self.power {

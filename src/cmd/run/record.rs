@@ -86,6 +86,7 @@ fn command(choices: &Choices) -> Command {
         max_seconds: seconds(choices.protocol.max_window_ns),
         warmup_seconds: Maybe::Value(seconds(choices.protocol.warmup_ns)),
         steady: Maybe::Value(choices.protocol.steady),
+        thermal: Maybe::Value(choices.thermal),
         planned_cells: choices.cells.iter().map(|cell| cell.key()).collect(),
     }
 }
