@@ -10,6 +10,7 @@ mod quantile;
 mod roofline;
 pub mod stats;
 mod summary;
+mod throttle;
 
 pub use anchors::{Anchor, AnchorFile, Distance, Figure, Load, PowerScope, embedded_anchors, parse_anchors};
 pub use cost::{CellCost, parse_cost, read_cost_file};

@@ -23,8 +23,8 @@ use machine::{Interference, Machine};
 
 pub use ceilings::{Ceiling, Ceilings};
 pub use cell::{
-    Cell, Check, ClockEvents, Clocks, DeviceEnergy, Drain, Energy, Outcome, RequestRow, Run, Steady,
-    Temperature, Warmup, Window, WindowEnd, Workload,
+    Cell, Check, ClockEvents, Clocks, Cooldown, DeviceEnergy, Drain, Energy, Outcome, RequestRow, Run,
+    Steady, Temperature, Thermal, Warmup, WarmupEnd, Window, WindowEnd, Workload,
 };
 pub use cost::{Amount, Converted, CostMode, CostModel, Currency, EnergyPrice, ExchangeRate, Usage};
 pub use cublaslt::{Chosen, CublasLt, TunedProduct};
@@ -116,6 +116,14 @@ pub struct Command {
     pub min_seconds: f64,
     /// Longest time that one run of a serving cell may take, drain included, seconds.
     pub max_seconds: f64,
+    /// Warm-up of each cell and ramp of each serving run, seconds; the tenfold at most where steadiness is assessed.
+    #[serde(default = "Maybe::<f64>::not_recorded", skip_serializing_if = "Maybe::is_not_recorded")]
+    pub warmup_seconds: Maybe<f64>,
+    /// The warm-up waits until times are flat, and each run's steadiness is assessed.
+    #[serde(default = "Maybe::<bool>::not_recorded", skip_serializing_if = "Maybe::is_not_recorded")]
+    pub steady: Maybe<bool>,
+    #[serde(default = "Maybe::<Thermal>::not_recorded", skip_serializing_if = "Maybe::is_not_recorded")]
+    pub thermal: Maybe<Thermal>,
     /// Keys of all cells that were planned, measured or not, in order.
     pub planned_cells: Vec<String>,
 }

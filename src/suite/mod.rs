@@ -38,6 +38,8 @@ pub struct Suite {
     pub repeat: u32,
     pub min_seconds: f64,
     pub warmup_seconds: f64,
+    /// Warm up until times are flat, and assess each run.
+    pub steady: bool,
     pub cells: Vec<Workload>,
 }
 
@@ -50,6 +52,8 @@ struct SuiteFile {
     repeat: u32,
     min_seconds: f64,
     warmup_seconds: f64,
+    #[serde(default)]
+    steady: bool,
     cells: Vec<CellLine>,
 }
 
@@ -157,6 +161,7 @@ pub fn parse(text: &str) -> anyhow::Result<Suite> {
         repeat: file.repeat,
         min_seconds: file.min_seconds,
         warmup_seconds: file.warmup_seconds,
+        steady: file.steady,
         cells,
     })
 }

@@ -18,7 +18,7 @@ use clap::ValueEnum;
 use crate::clock::{Clock, file_stamp_utc};
 use crate::machine::Roots;
 use crate::meter::{Choice, PowerMeter};
-use crate::record::{Cell, Outcome, Record, Status, Store, Workload, check_place};
+use crate::record::{Cell, Outcome, Record, Status, Store, Thermal, Workload, check_place};
 use crate::runner::{self, Stage, Witness};
 use crate::{analysis, report};
 
@@ -121,6 +121,10 @@ pub struct Args {
     /// Measure power before the start and with the weights resident, for so long each
     #[arg(long, value_name = "SECONDS", default_value_t = 0.0)]
     idle_seconds: f64,
+    /// Between runs: hot goes on at once; cooldown waits until the device is as cool as before the first cell, and warms
+    /// up again
+    #[arg(long, value_enum, default_value_t = ThermalChoice::Hot)]
+    thermal: ThermalChoice,
     /// Name of this session (a boot and driver load), for comparing
     #[arg(long, value_name = "LABEL")]
     session: Option<String>,
@@ -162,10 +166,25 @@ enum EngineChoice {
     Fake,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum ThermalChoice {
+    Hot,
+    Cooldown,
+}
+
+impl From<ThermalChoice> for Thermal {
+    fn from(choice: ThermalChoice) -> Self {
+        match choice {
+            ThermalChoice::Hot => Thermal::Hot,
+            ThermalChoice::Cooldown => Thermal::Cooldown,
+        }
+    }
+}
+
 /// # Errors
 /// When nothing could be measured. A cell that fails is part of the record, and only changes the exit code.
 pub fn run(args: Args) -> anyhow::Result<u8> {
-    let choices = Choices::settle(&args)?;
+    let mut choices = Choices::settle(&args)?;
     if args.dry_run {
         print(&choices.describe())?;
         return Ok(0);
@@ -174,6 +193,7 @@ pub fn run(args: Args) -> anyhow::Result<u8> {
     let stop = interrupt::on_signal()?;
     let view = View::new(Arc::clone(&stop));
     let mut meter = power::open(&choices)?;
+    choices.protocol.cool_to_c = power::cool_to_c(&choices, &mut meter)?;
     let mut started = start::start(&choices, &stop, &view)?;
     power::observe_idle(&choices, &mut meter, &started.clock);
     let clock = started.clock.clone();

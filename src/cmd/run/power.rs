@@ -5,14 +5,17 @@ use super::choices::{Choices, Subject};
 use crate::backend::cuda::library;
 use crate::clock::Clock;
 use crate::cmd::device::Target;
-use crate::cmd::{bad_file, remark};
+use crate::cmd::{bad_file, remark, usage};
 use crate::machine::Roots;
 use crate::meter::nvml::GpuId;
 use crate::meter::{self, Absent, Choice, PowerMeter};
-use crate::record::{Cell, Energy, Maybe, Outcome};
+use crate::record::{Cell, Energy, Maybe, Outcome, Thermal};
 
 /// After the last kernel a device needs this long to come to rest, ns.
 const REST_NS: u64 = 30_000_000_000;
+
+/// A device that cools down before each run comes this close to the temperature it had before the first.
+const COOL_ENOUGH_C: f64 = 2.0;
 
 /// # Errors
 /// When a trace cannot be read, and when there is no sensor though energy is required.
@@ -36,6 +39,28 @@ pub(super) fn open(choices: &Choices) -> anyhow::Result<PowerMeter> {
         meter.observe_idle_without_context(&clock, choices.idle_ns);
     }
     Ok(meter)
+}
+
+/// The temperature to which the device cools between runs, if it is asked to.
+///
+/// # Errors
+/// When no sensor shows its temperature.
+pub(super) fn cool_to_c(choices: &Choices, meter: &mut PowerMeter) -> anyhow::Result<Option<f64>> {
+    if choices.thermal == Thermal::Hot {
+        return Ok(None);
+    }
+    let clock = match choices.subject {
+        Subject::Script(_) => Clock::scripted(),
+        Subject::Model(_) => Clock::monotonic(),
+    };
+    match meter.temperature_c(&clock) {
+        Maybe::Value(temperature_c) => Ok(Some(temperature_c + COOL_ENOUGH_C)),
+        Maybe::Missing(missing) => Err(usage(format!(
+            "--thermal cooldown: the temperature cannot be read ({}), expected a sensor that shows it\nhint: leave \
+             --thermal out, or ask tokmeter doctor what the sensor lacks",
+            missing.missing
+        ))),
+    }
 }
 
 /// The GPU as NVML knows it. Without an identity none is metered: another one's power would be worse than none.

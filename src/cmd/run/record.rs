@@ -84,6 +84,9 @@ fn command(choices: &Choices) -> Command {
         repeat: choices.protocol.repeat,
         min_seconds: seconds(choices.protocol.min_window_ns),
         max_seconds: seconds(choices.protocol.max_window_ns),
+        warmup_seconds: Maybe::Value(seconds(choices.protocol.warmup_ns)),
+        steady: Maybe::Value(choices.protocol.steady),
+        thermal: Maybe::Value(choices.thermal),
         planned_cells: choices.cells.iter().map(|cell| cell.key()).collect(),
     }
 }
