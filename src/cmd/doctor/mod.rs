@@ -14,6 +14,7 @@ use serde::Serialize;
 use crate::backend::cuda::library;
 use crate::clock::Clock;
 use crate::machine::{self, Roots};
+use crate::meter::nvml::Library;
 
 /// Name and major version of the JSON form.
 const SCHEMA: &str = "tokmeter-doctor/1";
@@ -142,7 +143,7 @@ fn look(asked: Asked, probes_sensors: bool) -> Findings {
     let roots = Roots::default();
     let variable = |name: &str| std::env::var_os(name).filter(|value: &OsString| !value.is_empty());
     let interference = machine::observe(&roots, &Clock::monotonic(), OBSERVE_NS);
-    let machine = machine::capture(&roots);
+    let machine = machine::capture(&roots, &Library::open_default());
     let libraries = library::search(&roots.root, &variable);
     let (devices, can_run) = device::look(asked, &machine, &library::devices(), &libraries);
     let probed = probes_sensors.then(|| probe::sensors(&Clock::monotonic()));
