@@ -111,7 +111,8 @@ fn what_changes_under_work_is_read_whole() {
     let mut found = to_value(&reading("processes=2", false));
     let held = found.as_object_mut().unwrap().remove("clock_events").unwrap();
     assert!(held.as_object().unwrap().values().all(Value::is_u64), "{held}");
-    let process = |pid: u32| json!({"pid": pid, "name": format!("trainer-{pid}"), "kind": "compute", "own": false});
+    let process =
+        |pid: u32| json!({"pid": pid, "name": format!("trainer-{pid}"), "kind": "compute", "own": false});
     let expected = json!({
         "clocks": {"sm_mhz": 1755, "memory_mhz": 2619, "graphics_mhz": 1755},
         "performance_state": 2,
@@ -148,7 +149,8 @@ fn reasons(value: &Value, found: &mut BTreeSet<String>, values: &mut usize) {
 
 #[test]
 fn each_refusal_is_a_reason_and_never_a_number() {
-    for (code, reason) in [(3, "not_supported"), (4, "no_permission"), (13, "function_not_found"), (15, "gpu_is_lost")]
+    for (code, reason) in
+        [(3, "not_supported"), (4, "no_permission"), (13, "function_not_found"), (15, "gpu_is_lost")]
     {
         let mut found = BTreeSet::new();
         let mut values = 0;
@@ -255,7 +257,9 @@ fn a_file_from_before_the_setup_of_gpus_is_read_and_written_back_as_it_was() {
 fn fitting<'a>(value: &'a Value, pattern: &[&str]) -> Vec<&'a Value> {
     let Some((first, rest)) = pattern.split_first() else { return vec![value] };
     match value {
-        Value::Object(fields) if *first == "*" => fields.values().flat_map(|field| fitting(field, rest)).collect(),
+        Value::Object(fields) if *first == "*" => {
+            fields.values().flat_map(|field| fitting(field, rest)).collect()
+        }
         Value::Array(items) if *first == "*" => items.iter().flat_map(|item| fitting(item, rest)).collect(),
         Value::Object(fields) => fields.get(*first).map_or_else(Vec::new, |field| fitting(field, rest)),
         _ => Vec::new(),

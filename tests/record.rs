@@ -157,8 +157,11 @@ fn is_younger(at: &str) -> bool {
 fn every_younger_field_is_in_a_record_of_this_version() {
     let mut all = Vec::new();
     places(&SMALL, "", &mut all);
-    let found: std::collections::BTreeSet<String> =
-        all.iter().filter(|at| is_younger(at)).map(|at| at.replace(|c: char| c.is_ascii_digit(), "")).collect();
+    let found: std::collections::BTreeSet<String> = all
+        .iter()
+        .filter(|at| is_younger(at))
+        .map(|at| at.replace(|c: char| c.is_ascii_digit(), ""))
+        .collect();
     assert_eq!(found, YOUNGER.iter().map(|at| (*at).to_owned()).collect());
 }
 
@@ -198,9 +201,8 @@ fn schema_and_reader_refuse_every_field_removed_added_or_of_another_type() {
             refused(&more, &format!("a foreign field in {at}"));
         }
         let (parent, name) = at.rsplit_once('/').unwrap_or_default();
-        let optional = name == "not_a_measurement"
-            || is_younger(at)
-            || free.iter().any(|map| parent.ends_with(map));
+        let optional =
+            name == "not_a_measurement" || is_younger(at) || free.iter().any(|map| parent.ends_with(map));
         let mut less = SMALL.clone();
         if let Some(fields) = less.pointer_mut(parent).and_then(Value::as_object_mut)
             && !at.is_empty()

@@ -51,7 +51,8 @@ fn mapped_driver(roots: &Roots) -> Result<MappedDriver, Reason> {
     let maps = read_start(roots.proc.join("self/maps"), MAX_MAPS_BYTES)?;
     // Address, rights, offset, device and number stand before the path.
     let path = |line: &str| line.find('/').map(|start| line[start..].to_owned());
-    let is_driver = |path: &String| path.rsplit('/').next().is_some_and(|name| name.starts_with("libcuda.so"));
+    let is_driver =
+        |path: &String| path.rsplit('/').next().is_some_and(|name| name.starts_with("libcuda.so"));
     let path = maps.lines().filter_map(path).find(is_driver).ok_or("no_cuda_driver")?;
     let version = path.rsplit("libcuda.so.").next().filter(|version| version.contains('.'));
     let is_number = |version: &&str| version.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.');
@@ -108,7 +109,8 @@ mod tests {
 
     #[test]
     fn a_machine_without_the_driver_says_so() {
-        let driver = driver(&Roots::under("/nonexistent"), Err(Unavailable::NoLibrary), Err("no_nvml".to_owned()));
+        let driver =
+            driver(&Roots::under("/nonexistent"), Err(Unavailable::NoLibrary), Err("no_nvml".to_owned()));
         assert_eq!(driver.version.reason(), Some("not_found"));
         assert_eq!(driver.cuda_version.reason(), Some("no_cuda_driver"));
         assert_eq!(driver_of("hello").version.reason(), Some("malformed"));
@@ -145,6 +147,9 @@ mod tests {
         assert_eq!(found.version, Maybe::Value("580.95.05".to_owned()));
         assert_eq!(library("libcuda.so.1").unwrap().version.reason(), Some("no_version_in_name"));
         assert_eq!(library("libcudart.so.13.0.1"), Err("no_cuda_driver"));
-        assert_eq!(library("libcuda.so.545.1 (deleted)").unwrap().version.reason(), Some("no_version_in_name"));
+        assert_eq!(
+            library("libcuda.so.545.1 (deleted)").unwrap().version.reason(),
+            Some("no_version_in_name")
+        );
     }
 }

@@ -69,6 +69,14 @@ pub fn host_memory(roots: &Roots) -> HostMemory {
     }
 }
 
+/// Whether the kernel's log can be read: GPU faults and the driver's load stand in it.
+///
+/// # Errors
+/// Reason code.
+pub fn kernel_log_access(roots: &Roots) -> Result<(), files::Reason> {
+    kernel_log::KernelLog::read(roots).map(drop)
+}
+
 /// What the processor calls itself.
 pub fn cpu_name(roots: &Roots) -> String {
     cpu::collect(roots).model.into_value().unwrap_or_else(|| "unknown processor".to_owned())

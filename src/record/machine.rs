@@ -196,10 +196,7 @@ pub struct GpuDriver {
     #[serde(default = "Maybe::<String>::not_recorded", skip_serializing_if = "Maybe::is_not_recorded")]
     pub nvml_version: Maybe<String>,
     /// The `libcuda` that this process uses.
-    #[serde(
-        default = "Maybe::<MappedDriver>::not_recorded",
-        skip_serializing_if = "Maybe::is_not_recorded"
-    )]
+    #[serde(default = "Maybe::<MappedDriver>::not_recorded", skip_serializing_if = "Maybe::is_not_recorded")]
     pub library: Maybe<MappedDriver>,
 }
 

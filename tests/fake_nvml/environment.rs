@@ -137,6 +137,25 @@ pub unsafe extern "C" fn nvmlDeviceGetTotalEccErrors(
     refused("nvmlDeviceGetTotalEccErrors").unwrap_or_else(|| unsafe { put(count, errors) })
 }
 
+/// One page after an uncorrected error, none else.
+unsafe fn retired_pages(cause: c_uint, count: *mut c_uint) -> c_int {
+    let pages = u32::from(cause == 1);
+    let room = unsafe { count.read() };
+    unsafe { put(count, pages) };
+    let code = if room < pages { 7 } else { SUCCESS };
+    refused("nvmlDeviceGetRetiredPages").unwrap_or(code)
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvmlDeviceGetRetiredPages(
+    _device: *mut c_void,
+    cause: c_uint,
+    count: *mut c_uint,
+    _addresses: *mut c_ulonglong,
+) -> c_int {
+    unsafe { retired_pages(cause, count) }
+}
+
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nvmlDeviceGetRetiredPages_v2(
     _device: *mut c_void,
@@ -145,12 +164,7 @@ pub unsafe extern "C" fn nvmlDeviceGetRetiredPages_v2(
     _addresses: *mut c_ulonglong,
     _times: *mut c_ulonglong,
 ) -> c_int {
-    // One page after an uncorrected error, none else.
-    let pages = u32::from(cause == 1);
-    let room = unsafe { count.read() };
-    unsafe { put(count, pages) };
-    let code = if room < pages { 7 } else { SUCCESS };
-    refused("nvmlDeviceGetRetiredPages_v2").unwrap_or(code)
+    unsafe { retired_pages(cause, count) }
 }
 
 #[unsafe(no_mangle)]

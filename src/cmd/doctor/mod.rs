@@ -1,6 +1,7 @@
 //! `doctor`: what is here, what is missing, and the exact remedy. Looks and reports; changes nothing, loads no model.
 
 mod device;
+mod environment;
 mod host;
 mod probe;
 mod sensor;
@@ -154,6 +155,7 @@ fn look(asked: Asked, probes_sensors: bool) -> Findings {
         host::quiet(&machine, &interference),
         devices,
         device::libraries(&libraries),
+        environment::look(&machine, &roots),
         sensor::power(&roots, &libraries),
         sensor::models(&variable),
     ];
@@ -215,8 +217,17 @@ mod tests {
         let json = serde_json::to_value(&findings).unwrap();
         let rows = json["findings"].as_array().unwrap();
         assert_eq!(rows.len(), findings.findings.len());
-        for section in ["cpu", "memory", "surroundings", "quiet", "devices", "libraries", "sensors", "models"]
-        {
+        for section in [
+            "cpu",
+            "memory",
+            "surroundings",
+            "quiet",
+            "devices",
+            "libraries",
+            "environment",
+            "sensors",
+            "models",
+        ] {
             assert!(rows.iter().any(|row| row["section"] == section), "{section}");
         }
         let text = table(&findings);

@@ -186,15 +186,14 @@ pub fn run(args: Args) -> anyhow::Result<u8> {
     let mut record = record::open(&choices, &started, &meter, &nvml);
     let watch = GpuWatch::new(Roots::default(), nvml, power::gpus(&choices));
     let store = Store::create(out, &record)?;
-    let mut bench =
-        Bench {
-            choices: &choices,
-            started: &mut started,
-            meter: &mut meter,
-            watch: &watch,
-            view: &view,
-            stop: &stop,
-        };
+    let mut bench = Bench {
+        choices: &choices,
+        started: &mut started,
+        meter: &mut meter,
+        watch: &watch,
+        view: &view,
+        stop: &stop,
+    };
     bench.measure_all(&mut record, &store)?;
     view.finish();
     print(&rendered(&record, args.format)?)?;

@@ -3,12 +3,13 @@
 
 #![allow(unsafe_code)]
 
-use nvml_wrapper::{Device, Nvml};
 use nvml_wrapper::error::NvmlError;
+use nvml_wrapper::{Device, Nvml};
 use nvml_wrapper_sys::bindings::{
     NvmlLib, nvmlDevice_t, nvmlFieldValue_t, nvmlReturn_enum_NVML_ERROR_DEPRECATED as DEPRECATED,
     nvmlReturn_enum_NVML_ERROR_UNKNOWN as UNKNOWN, nvmlReturn_enum_NVML_SUCCESS as SUCCESS, nvmlReturn_t,
-    nvmlSystemDriverBranchInfo_v1_t, nvmlTemperature_v1_t, nvmlValue_t, nvmlValueType_enum_NVML_VALUE_TYPE_COUNT as NO_TYPE,
+    nvmlSystemDriverBranchInfo_v1_t, nvmlTemperature_v1_t, nvmlValue_t,
+    nvmlValueType_enum_NVML_VALUE_TYPE_COUNT as NO_TYPE,
     nvmlValueType_enum_NVML_VALUE_TYPE_SIGNED_INT as SIGNED_INT,
     nvmlValueType_enum_NVML_VALUE_TYPE_SIGNED_LONG_LONG as SIGNED_LONG_LONG,
     nvmlValueType_enum_NVML_VALUE_TYPE_UNSIGNED_INT as UNSIGNED_INT,
