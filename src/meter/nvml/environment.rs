@@ -195,7 +195,7 @@ impl Described<'_> {
         for link in self.active_nvlinks()? {
             let link = self.gpu.device.link_wrapper_for(link);
             for kind in &kinds {
-                let count = link.error_counter(kind.clone()).map_err(|error| raw::reason(&error))?;
+                let count = link.error_counter(*kind).map_err(|error| raw::reason(&error))?;
                 errors = errors.saturating_add(count);
             }
         }
