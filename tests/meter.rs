@@ -784,7 +784,10 @@ fn doctor_probes_the_sensors_of_a_gpu() {
     };
     let findings = run(library(false), "period_ms=50;trace=sine:300,7,0.37");
     let (status, text) = value(&findings, "gpu:0 counter period");
-    assert!(status == "ok" && (text.starts_with("50") || text.starts_with("49")), "{text}");
+    assert!(
+        status == "ok" && (["48", "49", "50", "51"].iter().any(|start| text.starts_with(start))),
+        "{text}"
+    );
     assert_eq!(value(&findings, "gpu:0 energy adds up").0, "ok");
     assert_eq!(value(&findings, "gpu:0 counter against power").0, "ok");
     assert_eq!(value(&findings, "gpu:0 width of the power average").0, "missing");

@@ -127,12 +127,18 @@ fn places(value: &Value, at: &str, out: &mut Vec<String>) {
     }
 }
 
-/// Fields that older files lack: read as not recorded, and left out again when such a file is copied.
-const YOUNGER: [&str; 16] = [
-    "/cells/*/runs/*/cooldown",
+/// Fields that older files lack: read as not recorded, and left out again when such a file is copied. Numbers of
+/// elements are left out.
+const YOUNGER: [&str; 21] = [
+    "/cells//gpus",
+    "/machine/gpu_driver/branch",
+    "/machine/gpu_driver/library",
+    "/machine/gpu_driver/nvml_version",
+    "/session/driver_loaded_by",
+    "/cells//runs//cooldown",
     "/command/thermal",
-    "/cells/*/warmup/ended",
-    "/cells/*/runs/*/ramp/ended",
+    "/cells//warmup/ended",
+    "/cells//runs//ramp/ended",
     "/command/steady",
     "/command/warmup_seconds",
     "/ceilings",
@@ -147,10 +153,22 @@ const YOUNGER: [&str; 16] = [
     "/meter/idle_context_resident",
 ];
 
-/// Whether the field at this place, whatever its number in a list, is one of [`YOUNGER`].
 fn is_younger(at: &str) -> bool {
-    let parts = at.split('/').map(|part| if part.parse::<usize>().is_ok() { "*" } else { part });
-    YOUNGER.contains(&parts.collect::<Vec<_>>().join("/").as_str())
+    let pattern: Vec<&str> =
+        at.split('/').map(|part| part.trim_start_matches(|c: char| c.is_ascii_digit())).collect();
+    YOUNGER.contains(&pattern.join("/").as_str())
+}
+
+#[test]
+fn every_younger_field_is_in_a_record_of_this_version() {
+    let mut all = Vec::new();
+    places(&SMALL, "", &mut all);
+    let found: std::collections::BTreeSet<String> = all
+        .iter()
+        .filter(|at| is_younger(at))
+        .map(|at| at.replace(|c: char| c.is_ascii_digit(), ""))
+        .collect();
+    assert_eq!(found, YOUNGER.iter().map(|at| (*at).to_owned()).collect());
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::environment::CellGpu;
 use super::machine::CpuShare;
 use super::{Latency, Maybe};
 
@@ -79,6 +80,9 @@ pub struct Cell {
     pub devices: Vec<String>,
     pub outcome: Outcome,
     pub warmup: Maybe<Warmup>,
+    /// The GPUs before, after the warm-up, and after the cell.
+    #[serde(default = "Maybe::<Vec<CellGpu>>::not_recorded", skip_serializing_if = "Maybe::is_not_recorded")]
+    pub gpus: Maybe<Vec<CellGpu>>,
     pub runs: Vec<Run>,
 }
 
@@ -91,6 +95,7 @@ impl Cell {
             devices: vec![device],
             outcome: Outcome::Skipped { why },
             warmup: Maybe::missing("skipped"),
+            gpus: Maybe::missing("skipped"),
             runs: Vec::new(),
         }
     }

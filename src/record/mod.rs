@@ -6,6 +6,7 @@ mod ceilings;
 mod cell;
 mod cost;
 mod cublaslt;
+pub mod environment;
 mod histogram;
 pub mod identities;
 pub mod machine;
@@ -136,6 +137,9 @@ pub struct Session {
     pub boot_id: Maybe<String>,
     /// When the GPU driver was loaded, RFC 3339, UTC.
     pub driver_loaded_at: Maybe<String>,
+    /// What tells that time: `kernel_log`, `module_folder` (the earliest look at it, so not before) or `boot`.
+    #[serde(default = "Maybe::<String>::not_recorded", skip_serializing_if = "Maybe::is_not_recorded")]
+    pub driver_loaded_by: Maybe<String>,
     /// Declared by the user (`--session`).
     pub label: Maybe<String>,
 }
@@ -239,6 +243,30 @@ pub struct Kernels {
     pub dependent_launch: bool,
     /// The same output bits whatever else is in the batch (`--deterministic`).
     pub deterministic: bool,
+    /// Kernel → what the driver gives it on this device.
+    #[serde(
+        default = "Maybe::<BTreeMap<String, KernelResources>>::not_recorded",
+        skip_serializing_if = "Maybe::is_not_recorded"
+    )]
+    pub resources: Maybe<BTreeMap<String, KernelResources>>,
+}
+
+/// What one kernel takes, as the driver reports it. More local bytes after an update are registers that no longer fit.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct KernelResources {
+    /// For each thread.
+    pub registers: Maybe<u32>,
+    /// For each block, without what a launch asks for.
+    pub static_shared_bytes: Maybe<u32>,
+    /// For each thread: registers that did not fit, and arrays.
+    pub local_bytes: Maybe<u32>,
+    /// Threads that a block may have at most.
+    pub max_block_threads: Maybe<u32>,
+    /// Architecture of the machine code, such as 90.
+    pub binary_version: Maybe<u32>,
+    /// Architecture of the intermediate code that it was made from.
+    pub ptx_version: Maybe<u32>,
 }
 
 /// A known text under teacher forcing: the measured device's log-probabilities against the CPU's in f32.

@@ -75,6 +75,7 @@ pub fn measure(stage: &mut Stage<'_>, workload: &Workload, protocol: &Protocol) 
         devices: vec![stage.device.clone()],
         outcome: Outcome::Measured,
         warmup: Maybe::missing("not_reached"),
+        gpus: Maybe::missing("no_gpu_in_use"),
         runs: Vec::new(),
     };
     let measured = measure_runs(stage, workload, protocol, &mut cell);

@@ -16,7 +16,8 @@ use std::sync::atomic::AtomicBool;
 use clap::ValueEnum;
 
 use crate::clock::{Clock, file_stamp_utc};
-use crate::machine::Roots;
+use crate::machine::{GpuWatch, Roots};
+use crate::meter::nvml::Library;
 use crate::meter::{Choice, PowerMeter};
 use crate::record::{Cell, Outcome, Record, Status, Store, Thermal, Workload, check_place};
 use crate::runner::{self, Stage, Witness};
@@ -201,10 +202,18 @@ pub fn run(args: Args) -> anyhow::Result<u8> {
         let device = choices.subject.to_string().replace(':', "");
         PathBuf::from(format!("tokmeter-{device}-{}.json", file_stamp_utc(clock.unix_ns())))
     });
-    let mut record = record::open(&choices, &started, &meter);
+    let nvml = Library::open_default();
+    let mut record = record::open(&choices, &started, &meter, &nvml);
+    let watch = GpuWatch::new(Roots::default(), nvml, power::gpus(&choices));
     let store = Store::create(out, &record)?;
-    let mut bench =
-        Bench { choices: &choices, started: &mut started, meter: &mut meter, view: &view, stop: &stop };
+    let mut bench = Bench {
+        choices: &choices,
+        started: &mut started,
+        meter: &mut meter,
+        watch: &watch,
+        view: &view,
+        stop: &stop,
+    };
     bench.measure_all(&mut record, &store)?;
     view.finish();
     print(&rendered(&record, args.format)?)?;
@@ -231,6 +240,7 @@ struct Bench<'a> {
     choices: &'a Choices,
     started: &'a mut start::Started,
     meter: &'a mut PowerMeter,
+    watch: &'a GpuWatch,
     view: &'a View,
     stop: &'a AtomicBool,
 }
@@ -260,8 +270,12 @@ impl Bench<'_> {
     }
 
     fn measure(&mut self, index: usize, workload: &Workload) -> Cell {
-        let (choices, view) = (self.choices, self.view);
-        let mut on_run = |run, runs| view.run_begins(choices, index, run, runs);
+        let (choices, view, watch) = (self.choices, self.view, self.watch);
+        let (before, mut warm) = (watch.read(), None);
+        let mut on_run = |run, runs| {
+            warm.get_or_insert_with(|| watch.read());
+            view.run_begins(choices, index, run, runs);
+        };
         let mut stage = Stage {
             engine: self.started.engine.as_mut(),
             clock: self.started.clock.clone(),
@@ -271,6 +285,8 @@ impl Bench<'_> {
             on_run: &mut on_run,
         };
         let cell = runner::measure(&mut stage, workload, &choices.protocol);
+        let gpus = watch.around(before, warm, watch.read());
+        let cell = Cell { gpus, ..cell };
         if choices.require_energy { power::require_energy(cell) } else { cell }
     }
 }

@@ -23,7 +23,7 @@ pub(super) fn open(choices: &Choices) -> anyhow::Result<PowerMeter> {
     let (subject, clock) = match &choices.subject {
         Subject::Script(_) => (meter::Subject::Script, Clock::scripted()),
         Subject::Model(Target::Cpu(_)) => (meter::Subject::Cpu, Clock::monotonic()),
-        Subject::Model(Target::Cuda { index, .. }) => (meter::Subject::Gpus(gpu(*index)), Clock::monotonic()),
+        Subject::Model(Target::Cuda { .. }) => (meter::Subject::Gpus(gpus(choices)), Clock::monotonic()),
     };
     let mut meter =
         PowerMeter::open(&choices.power, &subject, &clock, &Roots::default().sys).map_err(bad_file)?;
@@ -63,7 +63,15 @@ pub(super) fn cool_to_c(choices: &Choices, meter: &mut PowerMeter) -> anyhow::Re
     }
 }
 
-/// The GPU as NVML knows it. Without an identity none is metered: another one's power would be worse than none.
+/// The GPUs in use as NVML knows them. Without an identity none is metered: another one's power would be worse than
+/// none.
+pub(super) fn gpus(choices: &Choices) -> Vec<GpuId> {
+    match &choices.subject {
+        Subject::Model(Target::Cuda { index, .. }) => gpu(*index),
+        _ => Vec::new(),
+    }
+}
+
 fn gpu(index: u32) -> Vec<GpuId> {
     let devices = library::devices().unwrap_or_default();
     let uuid = devices.into_iter().find(|device| device.index == index).and_then(|device| device.uuid.ok());
