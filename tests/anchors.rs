@@ -85,16 +85,17 @@ fn anything_that_differs_leaves_the_cell_without_an_anchor() {
 
 #[test]
 fn joules_are_compared_only_where_the_meter_reads_the_gpu_alone() {
-    let with_meter = |source: Maybe<String>| {
+    let with_scope = |scope: Maybe<String>| {
         let mut record = one_cell(1250.0, 500.0);
-        record.meter.source = source;
+        record.meter.scope = scope;
         figures(&record)
     };
     let rate = (Figure::OutputTokensPerS, 1069.6);
-    for other in ["rapl", "external", "nvml_module"] {
-        assert_eq!(with_meter(Maybe::Value(other.to_owned())), [rate], "{other}");
+    for other in ["package", "node", "module"] {
+        assert_eq!(with_scope(Maybe::Value(other.to_owned())), [rate], "{other}");
     }
-    assert_eq!(with_meter(Maybe::missing("no_sensor")), [rate]);
+    assert_eq!(with_scope(Maybe::missing("not_recorded")), [rate]);
+    assert_eq!(with_scope(Maybe::Value("gpu".to_owned())).len(), 2);
 }
 
 #[test]

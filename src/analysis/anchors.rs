@@ -314,12 +314,12 @@ fn is_gpu(record: &Record, device: &str, gpu: &str) -> bool {
     wanted.is_within(&name) && OTHER_PRODUCTS.iter().all(|word| wanted.has(word) == name.has(word))
 }
 
-/// The distances of one cell, given its rate and the tokens that it makes of a joule.
+/// The distances of one cell, given its rate and the joules of its tokens.
 pub(super) fn distances(
     record: &Record,
     cell: &Cell,
     throughput: &Maybe<Throughput>,
-    tokens_per_joule: &Maybe<f64>,
+    joules_per_token: &Maybe<f64>,
 ) -> Vec<Distance> {
     let Maybe::Value(throughput) = throughput else { return Vec::new() };
     let mut found = Vec::new();
@@ -327,7 +327,7 @@ pub(super) fn distances(
         for anchor in file.anchors.iter().filter(|anchor| anchor.is_of(record, cell)) {
             let engine = anchor.engine.as_ref().unwrap_or(&file.engine);
             let name = format!("{} ({engine}), {}, {}", file.name, anchor.gpu, anchor.load.describe());
-            let pairs = compared(anchor, cell, throughput, joules_per_token(record, tokens_per_joule));
+            let pairs = compared(anchor, cell, throughput, of_gpus_alone(record, joules_per_token));
             found.extend(
                 pairs
                     .into_iter()
@@ -360,11 +360,10 @@ fn compared(
     rates.into_iter().filter_map(|(figure, published, ours)| Some((figure, published?, ours?))).collect()
 }
 
-/// Joules of a token where the meter reads the GPUs alone, as the published joules do.
-fn joules_per_token(record: &Record, tokens_per_joule: &Maybe<f64>) -> Option<f64> {
-    let source = record.meter.source.value()?;
-    let reads_gpus = source.starts_with("nvml") && source != "nvml_module";
-    tokens_per_joule.value().filter(|tokens| reads_gpus && **tokens > 0.0).map(|tokens| 1.0 / tokens)
+/// Joules of a token where the meter reads the GPUs and nothing else, as the published joules do.
+fn of_gpus_alone(record: &Record, joules_per_token: &Maybe<f64>) -> Option<f64> {
+    let reads_gpus = record.meter.scope.value().is_some_and(|scope| scope == "gpu");
+    joules_per_token.value().filter(|_| reads_gpus).copied()
 }
 
 #[cfg(test)]

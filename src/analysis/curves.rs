@@ -1,8 +1,8 @@
 //! What a report draws, as points: where a cell stands on the axes, percentiles of a latency, speed per user, bytes and
 //! flops against the device's ceilings, power over time. Computes; draws nothing.
 
-use super::{CellSummary, utilization};
-use crate::record::{Cell, Energy, LatencyHistogram, Maybe, Record, Workload, merge_histograms};
+use super::CellSummary;
+use crate::record::{Energy, LatencyHistogram, Maybe, Record, Workload, merge_histograms};
 
 /// Kinds of cells in the order of a report.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -117,19 +117,18 @@ pub fn roof(record: &Record) -> Maybe<Roof> {
     }
 }
 
-/// Bytes and flops per second of a cell: its MBU and MFU times the ceilings that they are shares of.
-pub fn roofline_point(record: &Record, cell: &Cell) -> Maybe<RooflinePoint> {
+/// Bytes and flops per second of a cell of the record: its MBU and MFU times the ceilings that they are shares of.
+pub fn roofline_point(record: &Record, cell: &CellSummary) -> Maybe<RooflinePoint> {
     let roof = match roof(record) {
         Maybe::Value(roof) => roof,
         Maybe::Missing(missing) => return Maybe::Missing(missing),
     };
-    let shares = utilization(record, cell);
-    match (shares.mbu_share, shares.mfu_share) {
+    match (&cell.mbu_share, &cell.mfu_share) {
         (Maybe::Value(mbu), Maybe::Value(mfu)) => Maybe::Value(RooflinePoint {
             bytes_per_s: mbu * roof.bytes_per_s,
             flops_per_s: mfu * roof.flops_per_s,
         }),
-        (Maybe::Missing(missing), _) | (_, Maybe::Missing(missing)) => Maybe::Missing(missing),
+        (Maybe::Missing(missing), _) | (_, Maybe::Missing(missing)) => Maybe::Missing(missing.clone()),
     }
 }
 
@@ -174,6 +173,8 @@ pub fn percentiles<'a>(
             points.push(PercentilePoint { share, ns });
         }
     }
+    // A histogram answers with the upper end of a bucket; the least value is known exactly.
+    points.first_mut().into_iter().for_each(|first| first.ns = min_ns as f64);
     Maybe::Value(points)
 }
 
@@ -192,10 +193,25 @@ pub struct WindowReading {
     pub run: u32,
     pub t0_s: f64,
     pub t1_s: f64,
-    pub power_w: Maybe<f64>,
+    pub power: Maybe<PowerReading>,
     pub sm_mhz: Maybe<f64>,
     /// At the start and at the end.
     pub temperature_c: Maybe<(f64, f64)>,
+}
+
+/// Mean power of all devices over the metered part of a window.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct PowerReading {
+    pub t_a_s: f64,
+    pub t_b_s: f64,
+    pub mean_w: f64,
+}
+
+impl PowerReading {
+    fn of(energy: &Energy) -> Self {
+        let (t_a_s, t_b_s) = (energy.t_a_ns as f64 / 1e9, energy.t_b_ns as f64 / 1e9);
+        PowerReading { t_a_s, t_b_s, mean_w: energy.energy_j / (t_b_s - t_a_s) }
+    }
 }
 
 /// All windows of a record, in the order they were measured.
@@ -208,17 +224,13 @@ pub fn window_readings(record: &Record) -> Vec<WindowReading> {
                 run: run.index,
                 t0_s: window.t0_ns as f64 / 1e9,
                 t1_s: window.t1_ns as f64 / 1e9,
-                power_w: window.energy.as_ref().map(mean_power_w),
+                power: window.energy.as_ref().map(PowerReading::of),
                 sm_mhz: window.clocks.as_ref().map(|clocks| clocks.sm_mean_mhz),
                 temperature_c: window.temperature.as_ref().map(|reading| (reading.start_c, reading.end_c)),
             }));
         }
     }
     readings
-}
-
-fn mean_power_w(energy: &Energy) -> f64 {
-    energy.energy_j / (energy.t_b_ns.saturating_sub(energy.t_a_ns) as f64 / 1e9)
 }
 
 #[cfg(test)]

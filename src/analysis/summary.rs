@@ -175,7 +175,7 @@ fn summarize_cell(record: &Record, cell: &Cell) -> CellSummary {
         tpot: quantiles(|latency| &latency.tpot),
         e2e: quantiles(|latency| &latency.e2e),
         step: quantiles(|latency| &latency.step),
-        anchors: anchors::distances(record, cell, &throughput, &energy.tokens_per_joule),
+        anchors: anchors::distances(record, cell, &throughput, &energy.joules_per_token),
         tokens_per_money: tokens_per_money(cell, &cost),
         cost,
         energy,

@@ -62,6 +62,44 @@ pub fn reason_in_words(code: &str) -> String {
             "a prompt took several steps, which does not say what each of them read"
         }
         "embedding_bytes_unknown" => "the size of the quantised embedding is unknown",
+        "not_asked" => "it was not asked for (--power, --idle-seconds)",
+        "driver_not_loaded" => "NVML is there, but the driver's module is not loaded",
+        "driver_library_mismatch" => "NVML and the driver's module are of different versions",
+        "function_not_found" => "this NVML has no such function",
+        "deprecated" => "this NVML gives it no more",
+        "not_supported" => "this device does not give it",
+        "no_permission" => "the driver gives it to the administrator only",
+        "gpu_is_lost" => "the GPU fell off the bus",
+        "answer_to_another_question" | "answer_of_another_type" => {
+            "NVML answered something else than was asked"
+        }
+        "driver_version_unknown" => "without the driver's version NVML's numbering of fields is unknown",
+        "no_hwmon_power" => "the host has no power sensor of its own",
+        "trace_begins_late" => "the external meter's file begins after the window",
+        "trace_ends_early" => "the external meter's file ends before the window",
+        "trace_has_hole" => "the external meter's file has a hole in the window",
+        "trace_unreadable" => "the external meter's file cannot be read",
+        "counter_reset" => "the energy counter began anew within the window",
+        "counter_stuck" => "the energy counter stood still",
+        "too_few_updates" => "the energy counter was updated too rarely within the window",
+        "update_period_changed" => "the energy counter's period changed within the window",
+        "power_is_zero" => "the sensor read no power at all",
+        "no_power_reading" => "the sensor gave no power within the window",
+        "power_above_limit" => "the power is above the device's limit, which cannot be",
+        "power_below_idle" => "the power is below that of the idle device, which cannot be",
+        "power_is_not_energy_per_token_times_rate" => {
+            "joules per token times tokens per second are not the power"
+        }
+        "power_integrated_only" => {
+            "the device has no energy counter, and its power may be read in step with the load"
+        }
+        "idle_watched_too_shortly" => "idle power was watched for less than a minute (--idle-seconds 60)",
+        "no_counter" => "the sensor has no such counter",
+        "not_seen" => "it did not occur while it was watched",
+        "not_known" | "not_measured" | "not_counted" => "the sensor does not say",
+        "counter_and_power_disagree" => "counter and integrated power differ by more than 5 %",
+        "device_shared" => "somebody else's work is in the reading",
+        "clock_stepped" => "the clock was set while it was measured",
         "needs_2_runs" => "needs two runs",
         "histogram_unreadable" => "the histogram in the file cannot be read",
         "idle_power_not_measured" => "idle power was not measured",
@@ -99,6 +137,36 @@ pub fn consequence(flag: &str) -> &'static str {
         "above_ceiling" => {
             "Faster than the device can be: bytes, flops, time or ceiling is wrong. Do not use the cell's shares."
         }
+        "energy_in_doubt" => "The energy is shown, and must not decide a comparison.",
         _ => "METHODOLOGY.md says what it means.",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_reason_code_of_the_format_has_words() {
+        let format = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/FORMAT.md")).unwrap();
+        let table =
+            format.split("## Reason codes").nth(1).and_then(|rest| rest.split("\n## ").next()).unwrap();
+        let heads = table.lines().filter_map(|line| line.strip_prefix("| `")?.split(" | ").next());
+        let codes: Vec<&str> = heads
+            .flat_map(|head| head.split('`'))
+            .filter(|code| code.starts_with(|c: char| c.is_ascii_lowercase()))
+            .collect();
+        assert!(codes.len() > 30, "{codes:?}");
+        // A code with an ellipsis stands for many, which are shown as they are.
+        let bare = codes
+            .iter()
+            .filter(|code| !code.ends_with('…') && reason_in_words(code) == code.replace('_', " "));
+        assert_eq!(bare.collect::<Vec<_>>(), [&""; 0], "codes without words in src/report/words.rs");
+    }
+
+    #[test]
+    fn numbers_of_observations_and_unknown_codes_are_told_too() {
+        assert_eq!(reason_in_words("needs_29_observations"), "needs 29 observations");
+        assert_eq!(reason_in_words("a_code_of_tomorrow"), "a code of tomorrow");
     }
 }

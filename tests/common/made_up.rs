@@ -5,32 +5,20 @@
 use std::collections::BTreeMap;
 
 use tokmeter::record::machine::Gpu;
-use tokmeter::record::{Ceiling, Ceilings, Clocks, DeviceEnergy, Energy, Maybe, Record, Temperature, Window};
+use tokmeter::record::{Ceiling, Ceilings, Clocks, Energy, Maybe, Record, Temperature, Window};
 
-/// Energy over the whole of a window, from one device.
-pub fn energy(window: &Window, energy_j: f64) -> Energy {
+/// Energy of a whole window at even power.
+pub fn energy(window: &Window, watts: f64) -> Energy {
     Energy {
         t_a_ns: window.t0_ns,
         t_b_ns: window.t1_ns,
-        energy_j,
+        energy_j: watts * (window.t1_ns - window.t0_ns) as f64 / 1e9,
         uncertainty_j: 0.0,
         tokens_in: window.tokens_in as f64,
         tokens_out: window.tokens_out as f64,
         doubts: Vec::new(),
-        devices: vec![DeviceEnergy {
-            device: "cuda:0".to_owned(),
-            t_a_ns: window.t0_ns,
-            t_b_ns: window.t1_ns,
-            half_width_a_ns: 0,
-            half_width_b_ns: 0,
-            energy_j,
-            readings: 100,
-            update_period_ns: Maybe::missing("power_only"),
-            integral_j: Maybe::Value(energy_j),
-            power_min_w: Maybe::missing("not_read"),
-            power_max_w: Maybe::missing("not_read"),
-        }],
-        sampler_cpu_ns: Maybe::missing("not_read"),
+        devices: Vec::new(),
+        sampler_cpu_ns: Maybe::missing("not_measured"),
     }
 }
 
@@ -39,7 +27,7 @@ pub fn clocks(sm_mean_mhz: f64) -> Clocks {
 }
 
 pub fn temperature(start_c: f64, end_c: f64) -> Temperature {
-    Temperature { start_c, end_c, max_c: start_c.max(end_c) }
+    Temperature { start_c, end_c, max_c: end_c }
 }
 
 /// The same cells, as if one GPU named `gpu` had computed Llama 3.1 8B in bf16.
@@ -53,6 +41,7 @@ pub fn on_gpu(scripted: &Record, gpu: &str) -> Record {
     record.engine.kv_dtype = "bf16".to_owned();
     record.engine.weights_bytes = 16_060_522_496;
     record.meter.source = Maybe::Value("nvml_total_energy".to_owned());
+    record.meter.scope = Maybe::Value("gpu".to_owned());
     record.machine.gpu_driver.version = Maybe::Value("580.95.05".to_owned());
     record.machine.gpus = vec![Gpu {
         index: 0,
@@ -69,8 +58,7 @@ pub fn on_gpu(scripted: &Record, gpu: &str) -> Record {
 /// Gives every window energy at `watts`, clocks and temperatures.
 pub fn set_power(record: &mut Record, watts: f64) {
     for window in record.cells.iter_mut().flat_map(|cell| &mut cell.runs).flat_map(|run| &mut run.windows) {
-        let seconds = (window.t1_ns - window.t0_ns) as f64 / 1e9;
-        window.energy = Maybe::Value(energy(window, watts * seconds));
+        window.energy = Maybe::Value(energy(window, watts));
         window.clocks = Maybe::Value(clocks(1755.0));
         window.temperature = Maybe::Value(temperature(51.0, 54.0));
     }

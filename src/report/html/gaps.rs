@@ -2,10 +2,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use rayon::prelude::*;
 use serde_json::Value;
 
+use crate::analysis::CellSummary;
 use crate::analysis::curves::{roofline_point, tokens_per_s_per_user};
-use crate::analysis::{CellSummary, Quantiles};
 use crate::record::{Cell, Maybe};
 use crate::report::words::reason_in_words;
 
@@ -16,20 +17,20 @@ use super::subject::Subject;
 /// Keys of cells that are listed; of more, the number is said.
 const MOST_KEYS: usize = 6;
 
-/// What is missing and why → the cells that lack it.
-type Gaps = BTreeMap<(String, String), BTreeSet<String>>;
+/// What is missing, and the code of the reason.
+type Gap = (String, String);
+
+/// The cells that lack it.
+type Gaps = BTreeMap<Gap, BTreeSet<String>>;
 
 pub(super) fn section(subjects: &[Subject<'_>]) -> Section {
     let (mut raw, mut derived) = (Gaps::new(), Gaps::new());
-    for subject in subjects {
-        for (cell, summary) in subject.cells() {
-            let key = format!("#{} {}", subject.number, cell.key);
-            for (name, reason) in raw_gaps(cell) {
-                raw.entry((name, reason)).or_default().insert(key.clone());
-            }
-            for (name, reason) in derived_gaps(subject, cell, summary) {
-                derived.entry((name.to_owned(), reason)).or_default().insert(key.clone());
-            }
+    for (key, in_cell, of_cell) in subjects.par_iter().flat_map_iter(of_subject).collect::<Vec<_>>() {
+        for gap in in_cell {
+            raw.entry(gap).or_default().insert(key.clone());
+        }
+        for gap in of_cell {
+            derived.entry(gap).or_default().insert(key.clone());
         }
     }
     let all: usize = subjects.iter().map(|subject| subject.record.cells.len()).sum();
@@ -44,11 +45,19 @@ pub(super) fn section(subjects: &[Subject<'_>]) -> Section {
     Section { id: "missing", title: "Missing values", blocks }
 }
 
+/// The raw and the derived gaps of each cell.
+fn of_subject(subject: &Subject<'_>) -> Vec<(String, BTreeSet<Gap>, Vec<Gap>)> {
+    let of_cell = |(cell, summary): (&Cell, &CellSummary)| {
+        (format!("#{} {}", subject.number, cell.key), raw_gaps(cell), derived_gaps(subject, summary))
+    };
+    subject.cells().map(of_cell).collect()
+}
+
 fn table(caption: &str, gaps: Gaps, all: usize) -> Block {
     if gaps.is_empty() {
         return Block::text(format!("{caption}: none is missing."));
     }
-    let row = |((name, reason), keys): ((String, String), BTreeSet<String>)| {
+    let row = |((name, reason), keys): (Gap, BTreeSet<String>)| {
         vec![name, reason_in_words(&reason), listed(&keys, all)]
     };
     Block::Table(Table {
@@ -69,7 +78,7 @@ fn listed(keys: &BTreeSet<String>, all: usize) -> String {
 }
 
 /// Each missing field of a cell once, by its path without indices, and its reason.
-fn raw_gaps(cell: &Cell) -> BTreeSet<(String, String)> {
+fn raw_gaps(cell: &Cell) -> BTreeSet<Gap> {
     let mut gaps = BTreeSet::new();
     let mut cell = cell.clone();
     // Rows lack a time only where a request was not finished, which `unfinished` says; there may be very many.
@@ -78,7 +87,7 @@ fn raw_gaps(cell: &Cell) -> BTreeSet<(String, String)> {
     gaps
 }
 
-fn collect(path: &str, value: &Value, gaps: &mut BTreeSet<(String, String)>) {
+fn collect(path: &str, value: &Value, gaps: &mut BTreeSet<Gap>) {
     match value {
         Value::Object(fields) => match missing(fields) {
             Some(reason) => {
@@ -96,33 +105,36 @@ fn collect(path: &str, value: &Value, gaps: &mut BTreeSet<(String, String)>) {
     }
 }
 
-fn derived_gaps(subject: &Subject<'_>, cell: &Cell, summary: &CellSummary) -> Vec<(&'static str, String)> {
+fn derived_gaps(subject: &Subject<'_>, summary: &CellSummary) -> Vec<Gap> {
     let mut gaps = Vec::new();
-    let mut note = |name: &'static str, reason: Option<&str>| {
-        gaps.extend(reason.map(|reason| (name, reason.to_owned())));
+    let mut note = |name: &str, reason: Option<&str>| {
+        gaps.extend(reason.map(|reason| (name.to_owned(), reason.to_owned())));
     };
     note("tok/s", summary.throughput.reason());
     note("±", summary.throughput.value().and_then(|rate| rate.spread_ratio.reason()));
-    let latencies: [(&str, [&'static str; 3], &Maybe<Quantiles>); 5] = [
-        ("TTFT", ["TTFT p50", "TTFT p90", "TTFT p99"], &summary.ttft),
-        ("ITL", ["ITL p50", "ITL p90", "ITL p99"], &summary.itl),
-        ("TPOT", ["TPOT p50", "TPOT p90", "TPOT p99"], &summary.tpot),
-        ("E2E", ["E2E p50", "E2E p90", "E2E p99"], &summary.e2e),
-        ("step", ["step p50", "step p90", "step p99"], &summary.step),
+    let latencies = [
+        ("TTFT", &summary.ttft),
+        ("ITL", &summary.itl),
+        ("TPOT", &summary.tpot),
+        ("E2E", &summary.e2e),
+        ("step", &summary.step),
     ];
-    for (name, [p50, p90, p99], quantiles) in latencies {
+    for (name, quantiles) in latencies {
         note(name, quantiles.reason());
         if let Maybe::Value(quantiles) = quantiles {
-            note(p50, quantiles.p50_ns.reason());
-            note(p90, quantiles.p90_ns.reason());
-            note(p99, quantiles.p99_ns.reason());
+            for (part, value) in
+                [("p50", &quantiles.p50_ns), ("p90", &quantiles.p90_ns), ("p99", &quantiles.p99_ns)]
+            {
+                note(&format!("{name} {part}"), value.reason());
+            }
         }
     }
     note("tok/s/user", tokens_per_s_per_user(summary).reason());
     note("MBU", summary.mbu_share.reason());
     note("MFU", summary.mfu_share.reason());
-    note("place on the roofline", roofline_point(subject.record, cell).reason());
+    note("place on the roofline", roofline_point(subject.record, summary).reason());
     note("tok/J", summary.energy.tokens_per_joule.reason());
+    note("tok/J net of idle", summary.energy.net_tokens_per_joule.reason());
     note("tokens per unit of money", summary.tokens_per_money.reason());
     if let Maybe::Value(cost) = &summary.cost {
         note("cost of output tokens", cost.per_mtok_output.reason());

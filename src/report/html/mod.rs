@@ -22,6 +22,7 @@ use anyhow::Context as _;
 use minijinja::Environment;
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Serde;
+use rayon::prelude::*;
 
 use crate::record::{Maybe, Record, Status, canonical_sha256};
 
@@ -34,7 +35,7 @@ const TEMPLATE: &str = "page.html";
 /// The page of one or several records.
 ///
 /// # Errors
-/// When a record has no canonical form, or the page cannot be laid out.
+/// When the template does not fit the page, which no record can cause.
 pub fn page(records: &[Record]) -> anyhow::Result<String> {
     let subjects = Subject::all(records);
     let page = Page {
@@ -42,7 +43,7 @@ pub fn page(records: &[Record]) -> anyhow::Result<String> {
         style: include_str!("style.css"),
         version: env!("CARGO_PKG_VERSION"),
         warnings: subjects.iter().flat_map(warnings).collect(),
-        records: subjects.iter().map(head).collect::<anyhow::Result<_>>()?,
+        records: subjects.par_iter().map(head).collect(),
         sections: vec![
             results::results(&subjects),
             throughput::section(&subjects),
@@ -98,7 +99,7 @@ fn warnings(subject: &Subject<'_>) -> Vec<String> {
     warnings.into_iter().map(|warning| format!("#{}: {warning}", subject.number)).collect()
 }
 
-fn head(subject: &Subject<'_>) -> anyhow::Result<RecordHead> {
+fn head(subject: &Subject<'_>) -> RecordHead {
     let record = subject.record;
     let measured = record.cells.iter().filter(|cell| !cell.runs.is_empty()).count();
     let facts = vec![
@@ -122,14 +123,9 @@ fn head(subject: &Subject<'_>) -> anyhow::Result<RecordHead> {
         ),
         ("power meter", meter(record)),
         ("command", record.command.argv.join(" ")),
-        ("SHA-256", canonical_sha256(record)?),
+        ("SHA-256", canonical_sha256(record).unwrap_or_else(|why| format!("none: the record {why}"))),
     ];
-    Ok(RecordHead {
-        swatch: subject.look().swatch(),
-        number: subject.number,
-        name: subject.name.clone(),
-        facts,
-    })
+    RecordHead { swatch: subject.look().swatch(), number: subject.number, name: subject.name.clone(), facts }
 }
 
 fn meter(record: &Record) -> String {

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use crate::analysis::CellSummary;
 use crate::analysis::curves::{Roof, RooflinePoint, roof, roofline_point};
 use crate::record::{Ceiling, Ceilings, Maybe};
 use crate::report::words::reason_in_words;
@@ -50,7 +51,7 @@ pub(super) fn section(subjects: &[Subject<'_>]) -> Section {
 fn absent(subjects: &[Subject<'_>]) -> Vec<String> {
     let mut keys = BTreeMap::<String, BTreeSet<&str>>::new();
     for subject in subjects {
-        for cell in &subject.record.cells {
+        for cell in &subject.summary.cells {
             if let Maybe::Missing(missing) = roofline_point(subject.record, cell) {
                 keys.entry(reason_in_words(&missing.missing)).or_default().insert(&cell.key);
             }
@@ -122,10 +123,9 @@ fn chart(subjects: &[Subject<'_>], index: usize, model: &str) -> Option<Figure> 
 }
 
 fn points(subject: &Subject<'_>) -> Vec<(String, RooflinePoint)> {
-    let point = |cell: &crate::record::Cell| {
-        Some((cell.key.clone(), roofline_point(subject.record, cell).into_value()?))
-    };
-    subject.record.cells.iter().filter_map(point).collect()
+    let point =
+        |cell: &CellSummary| Some((cell.key.clone(), roofline_point(subject.record, cell).into_value()?));
+    subject.summary.cells.iter().filter_map(point).collect()
 }
 
 /// All ceilings of one device.

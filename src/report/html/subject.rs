@@ -1,5 +1,7 @@
 //! The records of a page: how each is called, and its cells in the groups that are drawn as lines.
 
+use rayon::prelude::*;
+
 use crate::analysis::curves::{CellKind, Place};
 use crate::analysis::{CellSummary, Summary, summarize};
 use crate::record::{Cell, Record};
@@ -26,7 +28,7 @@ impl<'a> Subject<'a> {
             number: index + 1,
             name: name(record),
         };
-        records.iter().enumerate().map(subject).collect()
+        records.par_iter().enumerate().map(subject).collect()
     }
 
     pub(super) fn cells(&self) -> impl Iterator<Item = (&Cell, &CellSummary)> {

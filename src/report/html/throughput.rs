@@ -36,7 +36,7 @@ const METRICS: [Metric; 2] = [
         id: "energy",
         title: "Tokens per joule",
         value: |cell| cell.energy.tokens_per_joule.clone(),
-        spread_ratio: |_| None,
+        spread_ratio: |cell| cell.energy.energy_uncertainty_ratio.value().copied(),
         axis: |kind| format!("{} tokens per joule", counted(kind)),
     },
 ];
@@ -48,7 +48,8 @@ fn counted(kind: CellKind) -> &'static str {
 pub(super) fn section(subjects: &[Subject<'_>]) -> Section {
     let mut blocks = vec![Block::text(
         "Tokens over time, summed over all windows of a cell. Bars reach half the distance between the slowest and the \
-         fastest run up and down: a spread within one session, not a confidence interval.",
+         fastest run up and down: a spread within one session, not a confidence interval. Those of joules reach what the sensor's readings \
+         leave open, where that is more.",
     )];
     for metric in &METRICS {
         blocks.push(Block::Heading { text: metric.title.to_owned() });

@@ -15,13 +15,16 @@ use super::subject::Subject;
 /// Records whose time lines are drawn; each has its own charts, since their clocks have nothing in common.
 const MOST_RECORDS: usize = 6;
 
-/// What the sensor says over a window: values at its start and at its end.
+/// A reading as a line from (s, value) to (s, value).
+type Stretch = ((f64, f64), (f64, f64));
+
+/// What the sensor says over a window.
 struct Metric {
     id: &'static str,
     title: &'static str,
     axis: &'static str,
     unit: &'static str,
-    value: fn(&WindowReading) -> Maybe<(f64, f64)>,
+    stretch: fn(&WindowReading) -> Maybe<Stretch>,
 }
 
 const METRICS: [Metric; 3] = [
@@ -30,21 +33,25 @@ const METRICS: [Metric; 3] = [
         title: "Power",
         axis: "mean power (W)",
         unit: "W",
-        value: |window| window.power_w.clone().map(|power| (power, power)),
+        stretch: |window| {
+            window.power.clone().map(|power| ((power.t_a_s, power.mean_w), (power.t_b_s, power.mean_w)))
+        },
     },
     Metric {
         id: "clock",
         title: "Clock",
         axis: "mean SM clock (MHz)",
         unit: "MHz",
-        value: |window| window.sm_mhz.clone().map(|clock| (clock, clock)),
+        stretch: |window| window.sm_mhz.clone().map(|clock| ((window.t0_s, clock), (window.t1_s, clock))),
     },
     Metric {
         id: "temperature",
         title: "Temperature",
         axis: "temperature (°C)",
         unit: "°C",
-        value: |window| window.temperature_c.clone(),
+        stretch: |window| {
+            window.temperature_c.clone().map(|(start, end)| ((window.t0_s, start), (window.t1_s, end)))
+        },
     },
 ];
 
@@ -70,18 +77,17 @@ pub(super) fn section(subjects: &[Subject<'_>]) -> Section {
 
 fn chart(subject: &Subject<'_>, windows: &[WindowReading], metric: &Metric) -> Option<Figure> {
     let look = subject.look();
-    let read = windows.iter().filter_map(|window| Some((window, (metric.value)(window).into_value()?)));
+    let read = windows.iter().filter_map(|window| Some((window, (metric.stretch)(window).into_value()?)));
     let lines: Vec<Line> = read
-        .map(|(window, (at_t0, at_t1))| {
-            let value = if at_t0 == at_t1 {
-                format_significant(at_t0)
+        .map(|(window, (from, to))| {
+            let value = if from.1 == to.1 {
+                format_significant(from.1)
             } else {
-                format!("{} to {}", format_significant(at_t0), format_significant(at_t1))
+                format!("{} to {}", format_significant(from.1), format_significant(to.1))
             };
             let title = format!("{} run {}: {value} {}", window.key, window.run + 1, metric.unit);
-            let middle =
-                Point { title, ..Point::bare((window.t0_s + window.t1_s) / 2.0, (at_t0 + at_t1) / 2.0) };
-            Line::new(look, vec![Point::bare(window.t0_s, at_t0), middle, Point::bare(window.t1_s, at_t1)])
+            let middle = Point { title, ..Point::bare((from.0 + to.0) / 2.0, (from.1 + to.1) / 2.0) };
+            Line::new(look, vec![Point::bare(from.0, from.1), middle, Point::bare(to.0, to.1)])
         })
         .collect();
     if lines.is_empty() {
@@ -105,7 +111,7 @@ fn absent(subject: &Subject<'_>, windows: &[WindowReading]) -> Option<Block> {
     for metric in &METRICS {
         let reasons: Vec<String> = windows
             .iter()
-            .filter_map(|window| (metric.value)(window).reason().map(reason_in_words))
+            .filter_map(|window| (metric.stretch)(window).reason().map(reason_in_words))
             .collect();
         let count = reasons.len();
         let reasons: BTreeSet<String> = reasons.into_iter().collect();
