@@ -2,6 +2,7 @@
 //! and per unit of money. Pure functions of files; nothing here touches the machine.
 
 mod cost;
+pub mod nnls;
 mod quantile;
 mod roofline;
 mod summary;

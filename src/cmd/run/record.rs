@@ -7,7 +7,9 @@ use crate::backend::{KernelInfo, PAGE_SIZE};
 use crate::clock::{Clock, rfc3339_utc};
 use crate::cmd::remark;
 use crate::machine::{self, Roots};
-use crate::record::{Command, Engine, Kernels, Maybe, Meter, Model, Record, SCHEMA, Session, Status, Tool};
+use crate::record::{
+    Command, Engine, Kernels, Maybe, Meter, Model, Record, SCHEMA, Session, Status, Tool, hold_out,
+};
 
 /// How long the machine is watched before the first cell.
 const OBSERVED_NS: u64 = 400_000_000;
@@ -79,6 +81,7 @@ fn command(choices: &Choices) -> Command {
         min_seconds: seconds(choices.protocol.min_window_ns),
         max_seconds: seconds(choices.protocol.max_window_ns),
         planned_cells: choices.cells.iter().map(|cell| cell.key()).collect(),
+        hold_out: Maybe::Value(hold_out(&choices.cells)),
     }
 }
 
