@@ -1,7 +1,9 @@
 //! What records say, computed from them alone: rates, percentiles, shares of the device's ceilings, tokens per joule
 //! and per unit of money. Pure functions of files; nothing here touches the machine.
 
+pub mod calibrate;
 mod cost;
+pub mod devices;
 pub mod nnls;
 mod quantile;
 mod roofline;

@@ -1,6 +1,7 @@
 //! One file per verb: its arguments, its help and its `run`. Results go to stdout, everything else to stderr; the exit
 //! code and the printing of errors are decided in [`execute`] alone.
 
+mod calibrate;
 mod check;
 mod device;
 mod doctor;
@@ -39,7 +40,8 @@ pub const INTERRUPTED: u8 = 130;
                   tokmeter peaks                            what this device can do at most
   \
                   tokmeter doctor                           what is here, what is missing, and the remedy\n  \
-                  tokmeter report RECORD.json               a record as Markdown\n\n\
+                  tokmeter report RECORD.json               a record as Markdown\n  \
+                  tokmeter calibrate RECORD.json            laws of time and energy, with their errors\n\n\
                   Exit codes: 0 done, 1 something failed, 2 usage, 3 broken or foreign file, 130 interrupted"
 )]
 struct Cli {
@@ -56,6 +58,7 @@ enum Verb {
     Models(models::Args),
     Validate(validate::Args),
     Report(report::Args),
+    Calibrate(calibrate::Args),
 }
 
 /// The command line is wrong.
@@ -105,6 +108,7 @@ pub fn execute() -> u8 {
         Verb::Models(args) => models::run(args),
         Verb::Validate(args) => validate::run(args),
         Verb::Report(args) => report::run(args),
+        Verb::Calibrate(args) => calibrate::run(args),
     };
     result.unwrap_or_else(|error| fail(&error))
 }

@@ -1,9 +1,11 @@
 //! Summaries as people and programs read them. Computes nothing: what is printed stands in [`crate::analysis`].
 
+mod calibration;
 mod data;
 mod markdown;
 mod table;
 
+pub use calibration::{calibration, groups};
 pub use data::{csv, json, jsonl};
 pub use markdown::{document, section};
 pub use table::table;
