@@ -5,7 +5,9 @@ pub mod calibrate;
 mod cost;
 pub mod devices;
 pub mod nnls;
+pub mod plan;
 mod quantile;
+mod rng;
 mod roofline;
 mod summary;
 

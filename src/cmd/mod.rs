@@ -9,6 +9,7 @@ mod interrupt;
 mod model;
 mod models;
 mod peaks;
+mod plan;
 mod price;
 mod progress;
 mod report;
@@ -41,7 +42,8 @@ pub const INTERRUPTED: u8 = 130;
   \
                   tokmeter doctor                           what is here, what is missing, and the remedy\n  \
                   tokmeter report RECORD.json               a record as Markdown\n  \
-                  tokmeter calibrate RECORD.json            laws of time and energy, with their errors\n\n\
+                  tokmeter calibrate RECORD.json            laws of time and energy, with their errors\n  \
+                  tokmeter plan --site sites/NAME.toml      tokens, megawatts and money of a site\n\n\
                   Exit codes: 0 done, 1 something failed, 2 usage, 3 broken or foreign file, 130 interrupted"
 )]
 struct Cli {
@@ -59,6 +61,7 @@ enum Verb {
     Validate(validate::Args),
     Report(report::Args),
     Calibrate(calibrate::Args),
+    Plan(plan::Args),
 }
 
 /// The command line is wrong.
@@ -109,6 +112,7 @@ pub fn execute() -> u8 {
         Verb::Validate(args) => validate::run(args),
         Verb::Report(args) => report::run(args),
         Verb::Calibrate(args) => calibrate::run(args),
+        Verb::Plan(args) => plan::run(args),
     };
     result.unwrap_or_else(|error| fail(&error))
 }

@@ -3,11 +3,13 @@
 mod calibration;
 mod data;
 mod markdown;
+mod plan;
 mod table;
 
 pub use calibration::{calibration, groups};
 pub use data::{csv, json, jsonl};
 pub use markdown::{document, section};
+pub use plan::{findings, plan};
 pub use table::table;
 
 use std::collections::BTreeSet;
