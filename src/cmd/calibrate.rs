@@ -6,22 +6,22 @@ use anyhow::Context as _;
 use clap::ValueEnum;
 
 use super::{FAILED, bad_file, print, remark, usage};
-use crate::analysis::calibrate::{
-    Calibration, Given, GroupFit, Refusal, calibrate, fit_groups, read_rows,
-};
+use crate::analysis::calibrate::{Calibration, Given, GroupFit, Refusal, calibrate, fit_groups, read_rows};
 use crate::record::{check_place, read, write_atomically};
 use crate::{analysis, report};
 
 /// Fit planning laws to records, and say how wrong they are on points they never saw
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Records of the suite calibration are made for this. The hold-out is in them: it was fixed before \
+#[command(
+    after_help = "Records of the suite calibration are made for this. The hold-out is in them: it was fixed before \
     anything was measured.\n\n\
     Examples:\n  \
     tokmeter run --device cuda:0 --suite calibration -o r.json\n  \
     tokmeter calibrate r.json --out calibration.json\n  \
     tokmeter calibrate --from csv rows.csv                        one line for each published group\n  \
     tokmeter calibrate --from csv rows.csv --group h200/ --out h200.json\n\n\
-    Exit codes: 0 fitted, 1 refused, 2 usage, 3 a file is unreadable or of another format")]
+    Exit codes: 0 fitted, 1 refused, 2 usage, 3 a file is unreadable or of another format"
+)]
 pub struct Args {
     /// Record files, or with --from csv one file of published serving rows
     #[arg(required = true, value_name = "FILE")]
@@ -29,7 +29,7 @@ pub struct Args {
     /// What the files are: records, or published rows (the plain form of PLANNING.md, or aiconfigurator's silicon sample)
     #[arg(long, value_enum, default_value_t = From::Records)]
     from: From,
-    /// Of published rows: the one group whose name contains this
+    /// Of published rows: the one group whose name begins so
     #[arg(long, value_name = "TEXT")]
     group: Option<String>,
     /// Write the calibration here
@@ -115,19 +115,25 @@ fn read_record(path: &Path, allow_not_a_measurement: bool) -> anyhow::Result<Giv
 fn published(fits: Vec<GroupFit>, args: &Args) -> anyhow::Result<u8> {
     let Some(part) = &args.group else {
         if args.out.is_some() || args.format == Format::Json {
-            return Err(usage("a calibration is of one group, expected --group with --out and --format json"));
+            return Err(usage(
+                "a calibration is of one group, expected --group with --out and --format json",
+            ));
         }
         print(&report::groups(&fits))?;
         let is_fitted = fits.iter().any(|fit| fit.calibration.is_ok());
         return Ok(if is_fitted { 0 } else { FAILED });
     };
     let names: Vec<String> = fits.iter().map(|fit| fit.group.name()).collect();
-    let mut chosen: Vec<GroupFit> = fits.into_iter().filter(|fit| fit.group.name().contains(part.as_str())).collect();
+    let mut chosen: Vec<GroupFit> =
+        fits.into_iter().filter(|fit| fit.group.name().starts_with(part.as_str())).collect();
     match (chosen.pop(), chosen.is_empty()) {
         (Some(fit), true) => conclude(fit.calibration, args),
-        (None, _) => Err(usage(format!("--group {part} is in no group's name\nhint: they are {}", names.join(", ")))),
+        (None, _) => Err(usage(format!(
+            "--group {part}: no group's name begins so\nhint: they are {}",
+            names.join(", ")
+        ))),
         (Some(fit), false) => Err(usage(format!(
-            "--group {part} is in the names of {} groups, expected one: {}",
+            "--group {part}: the names of {} groups begin so, expected one: {}",
             chosen.len() + 1,
             chosen.iter().chain([&fit]).map(|fit| fit.group.name()).collect::<Vec<_>>().join(", ")
         ))),

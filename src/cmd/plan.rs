@@ -83,11 +83,8 @@ pub fn run(args: Args) -> anyhow::Result<u8> {
     if let Some(reason) = calibration.not_a_measurement.as_ref().filter(|_| !args.allow_not_a_measurement) {
         return Err(bad_file(anyhow::anyhow!("the calibration is not a measurement: {reason}")));
     }
-    let options = PlanOptions {
-        draws: args.draws,
-        seed: args.seed,
-        allow_extrapolation: args.allow_extrapolation,
-    };
+    let options =
+        PlanOptions { draws: args.draws, seed: args.seed, allow_extrapolation: args.allow_extrapolation };
     let plan = match plan(&site, &calibration, &options) {
         Ok(plan) => plan,
         Err(refusal) => {

@@ -35,7 +35,8 @@ pub fn calibration(calibration: &Calibration) -> String {
     if !calibration.compositions.is_empty() {
         text.push_str("\nput together (not learnt from)        measured   forecast   error\n");
         for found in &calibration.compositions {
-            let (measured, forecast) = (found.measured_output_tokens_per_s, found.forecast_output_tokens_per_s);
+            let (measured, forecast) =
+                (found.measured_output_tokens_per_s, found.forecast_output_tokens_per_s);
             let _ = writeln!(
                 text,
                 "  {:<32} {:>11} {:>10} {:>+6.1} %",
@@ -60,7 +61,11 @@ fn law(fitted: &FittedLaw) -> String {
     };
     let mut text = format!("{} {}\n", fitted.law.phase.name(), fitted.quantity.name());
     for coefficient in &fitted.law.coefficients {
-        let per = if coefficient.term == Term::Constant { String::new() } else { format!(" per {}", name(coefficient.term)) };
+        let per = if coefficient.term == Term::Constant {
+            String::new()
+        } else {
+            format!(" per {}", name(coefficient.term))
+        };
         let _ = writeln!(
             text,
             "  {:<24} {:>10.3e}  [{:.2e}, {:.2e}] {unit}{per}",
@@ -78,16 +83,19 @@ fn law(fitted: &FittedLaw) -> String {
         .domain
         .iter()
         .map(|(name, range)| {
-            format!("{} {} to {}", name.replace('_', " "), format_significant(range.min), format_significant(range.max))
+            format!(
+                "{} {} to {}",
+                name.replace('_', " "),
+                format_significant(range.min),
+                format_significant(range.max)
+            )
         })
         .collect();
     let _ = writeln!(text, "  holds for {}", domain.join(", "));
     text.push_str("  forecast            fold       points    MAPE  median     p90  signed  covered\n");
-    for (fold, errors) in [
-        ("interior", &fitted.interior),
-        ("row", &fitted.row),
-        ("frontier", &fitted.frontier),
-    ] {
+    for (fold, errors) in
+        [("interior", &fitted.interior), ("row", &fitted.row), ("frontier", &fitted.frontier)]
+    {
         text.push_str(&errors_line(fold, errors));
     }
     text.push_str(&errors_line("one out", &Maybe::Value(fitted.leave_one_out.clone())));
@@ -98,7 +106,12 @@ fn law(fitted: &FittedLaw) -> String {
             ("frontier", &baseline.frontier_mape_share),
         ] {
             if share.value().is_some() {
-                let _ = writeln!(text, "  {:<19} {fold:<17} {:>7}", baseline.name.replace('_', " "), percent(share));
+                let _ = writeln!(
+                    text,
+                    "  {:<19} {fold:<17} {:>7}",
+                    baseline.name.replace('_', " "),
+                    percent(share)
+                );
             }
         }
     }
@@ -163,7 +176,13 @@ pub fn groups(fits: &[GroupFit]) -> String {
                 }
             }
             Err(refusal) => {
-                let _ = writeln!(text, "{:>6} refused  {}: {}", fit.points, fit.group.name(), refusal.0.join("; "));
+                let _ = writeln!(
+                    text,
+                    "{:>6} refused  {}: {}",
+                    fit.points,
+                    fit.group.name(),
+                    refusal.0.join("; ")
+                );
             }
         }
     }

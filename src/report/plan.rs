@@ -22,7 +22,11 @@ pub fn plan(plan: &Plan, explain: bool) -> String {
     }
     text.push_str(&curves(plan));
     if !plan.sensitivities.is_empty() {
-        let _ = writeln!(text, "\nwhat moves it                        from         to   {} per Mtok   output tok/day", plan.currency);
+        let _ = writeln!(
+            text,
+            "\nwhat moves it                        from         to   {} per Mtok   output tok/day",
+            plan.currency
+        );
         for found in &plan.sensitivities {
             let _ = writeln!(
                 text,
@@ -57,7 +61,10 @@ fn outputs(plan: &Plan) -> Vec<String> {
         line("GPUs fed by the power", &known(outcome.gpus_supported_by_power), None, &plain),
         line("GPUs that work", &known(outcome.gpus), interval("gpus"), &plain),
         line("racks", &outcome.racks, None, &plain),
-        format!("{:<36} {} for the fleet, {} for a replica\n", "what binds", outcome.fleet_constraint, outcome.replica_constraint),
+        format!(
+            "{:<36} {} for the fleet, {} for a replica\n",
+            "what binds", outcome.fleet_constraint, outcome.replica_constraint
+        ),
         line("requests in a replica", &outcome.concurrency, None, &plain),
         line("time per output token, ms", &outcome.tpot_ms, None, &plain),
         line("time to first token alone, ms", &outcome.ttft_ms, None, &plain),
@@ -69,7 +76,12 @@ fn outputs(plan: &Plan) -> Vec<String> {
         ),
         line("total tok/s per GPU, busy", &known(outcome.total_tokens_per_s_per_gpu), None, &plain),
         line("output tok/s, mean", &known(outcome.output_tokens_per_s), None, &large),
-        line("output tok/day", &known(outcome.output_tokens_per_day), interval("output_tokens_per_day"), &large),
+        line(
+            "output tok/day",
+            &known(outcome.output_tokens_per_day),
+            interval("output_tokens_per_day"),
+            &large,
+        ),
         line("input tok/day", &known(outcome.input_tokens_per_day), None, &large),
         line("output tok/year", &known(outcome.output_tokens_per_year), None, &large),
         line("output tok/s per MW, boards", &outcome.output_tokens_per_s_per_board_mw, None, &plain),
@@ -103,15 +115,30 @@ fn outputs(plan: &Plan) -> Vec<String> {
         ),
         line(&format!("{currency} per Mtok total, full"), &outcome.cost_per_mtok_total, None, &plain),
         line(&format!("{currency} per Mtok output, cash"), &outcome.cash_cost_per_mtok_output, None, &plain),
-        line(&format!("{currency} per Mtok output, energy"), &outcome.energy_cost_per_mtok_output, None, &plain),
-        line(&format!("{currency} per Mtok output, marginal"), &outcome.marginal_cost_per_mtok_output, None, &plain),
+        line(
+            &format!("{currency} per Mtok output, energy"),
+            &outcome.energy_cost_per_mtok_output,
+            None,
+            &plain,
+        ),
+        line(
+            &format!("{currency} per Mtok output, marginal"),
+            &outcome.marginal_cost_per_mtok_output,
+            None,
+            &plain,
+        ),
         line(&format!("idle tax, {currency} per hour"), &outcome.idle_tax_per_hour, None, &plain),
         line("break-even utilisation", &outcome.break_even_utilization, None, &plain),
     ]
 }
 
 /// A name, a value, its interval; or why there is none.
-fn line(name: &str, value: &Maybe<f64>, interval: Option<Interval>, format: &dyn Fn(f64) -> String) -> String {
+fn line(
+    name: &str,
+    value: &Maybe<f64>,
+    interval: Option<Interval>,
+    format: &dyn Fn(f64) -> String,
+) -> String {
     let value = match value {
         Maybe::Value(value) => format(*value),
         Maybe::Missing(missing) => format!("{DASH} ({})", missing.missing.replace('_', " ")),

@@ -250,7 +250,8 @@ impl Law {
             .collect();
         let tail = (1.0 - CONFIDENCE) / 2.0;
         let mut low = quantile(&ends.iter().map(|(low, _)| *low).collect::<Vec<_>>(), tail).min(value);
-        let mut high = quantile(&ends.iter().map(|(_, high)| *high).collect::<Vec<_>>(), 1.0 - tail).max(value);
+        let mut high =
+            quantile(&ends.iter().map(|(_, high)| *high).collect::<Vec<_>>(), 1.0 - tail).max(value);
         if extrapolated {
             low = (value - WIDER_OUTSIDE * (value - low)).max(0.0);
             high = value + WIDER_OUTSIDE * (high - value);
@@ -353,7 +354,10 @@ mod tests {
             for batch in [1.0, 2.0, 4.0, 8.0] {
                 let noise = 1.0 + 0.01 * ((index + batch as usize) % 3) as f64;
                 let kv_tokens = batch * context;
-                points.push(Load::Decode { batch, kv_tokens }, (5e-3 + 1e-4 * batch + 1e-7 * kv_tokens) * noise);
+                points.push(
+                    Load::Decode { batch, kv_tokens },
+                    (5e-3 + 1e-4 * batch + 1e-7 * kv_tokens) * noise,
+                );
             }
         }
         let law = Law::fit(Phase::Decode, &points, false).unwrap();

@@ -11,8 +11,8 @@ mod published;
 mod score;
 
 pub use file::{
-    Baseline, Basis, CALIBRATION_SCHEMA, Calibration, Composition, ErrorStatistics, FittedLaw, Grade, Outlier,
-    Quantity, ReadOut, Source, Subject, calibration_schema, parse_calibration, read_calibration,
+    Baseline, Basis, CALIBRATION_SCHEMA, Calibration, Composition, ErrorStatistics, FittedLaw, Grade,
+    Outlier, Quantity, ReadOut, Source, Subject, calibration_schema, parse_calibration, read_calibration,
 };
 pub use law::{CONFIDENCE, Coefficient, Forecast, Law, Range};
 pub use load::{Load, Phase, Term};
@@ -134,7 +134,9 @@ fn held_out(records: &[Record]) -> Result<HoldOut, String> {
             && is_whole
             && *recorded != hold_out(&planned)
         {
-            return Err("command.hold_out is not what the rule makes of the planned cells: it was changed".to_owned());
+            return Err(
+                "command.hold_out is not what the rule makes of the planned cells: it was changed".to_owned()
+            );
         }
     }
     if let [record] = records
@@ -142,7 +144,9 @@ fn held_out(records: &[Record]) -> Result<HoldOut, String> {
     {
         return Ok(recorded.clone());
     }
-    Ok(hold_out(&records.iter().flat_map(|record| &record.cells).map(|cell| cell.workload).collect::<Vec<_>>()))
+    Ok(hold_out(
+        &records.iter().flat_map(|record| &record.cells).map(|cell| cell.workload).collect::<Vec<_>>(),
+    ))
 }
 
 /// Cells that were visited again and again must not have changed.
@@ -179,7 +183,11 @@ fn fit_phase(
     let time = Law::fit(phase, &training, false).map_err(|no_law| vec![no_law.0])?;
     let mut reasons = Vec::new();
     if let Some(needed) = phase.needed().filter(|term| time.coefficient(*term) <= 0.0) {
-        reasons.push(format!("{}: the coefficient of {} is zero, expected more: no step is free of it", phase.name(), needed.name()));
+        reasons.push(format!(
+            "{}: the coefficient of {} is zero, expected more: no step is free of it",
+            phase.name(),
+            needed.name()
+        ));
     }
     reasons.extend(physics.contradictions(&time).into_iter().map(|what| format!("{}: {what}", phase.name())));
     if !reasons.is_empty() {
@@ -194,7 +202,13 @@ fn fit_phase(
     let mut laws = vec![score::score(Quantity::Time, time.clone(), &points, noise.clone(), rooflines())];
     if let Ok(points) = score::measured(observations, Quantity::Energy) {
         let energy = Law::fit_like(&time, &score::training(&points));
-        laws.push(score::score(Quantity::Energy, energy, &points, Maybe::missing("not_assessed"), Vec::new()));
+        laws.push(score::score(
+            Quantity::Energy,
+            energy,
+            &points,
+            Maybe::missing("not_assessed"),
+            Vec::new(),
+        ));
     }
     Ok(laws)
 }
@@ -207,7 +221,8 @@ fn too_few(phase: Phase, training: &Points) -> Vec<String> {
     let mut reasons = Vec::new();
     let mut need = |what: &str, found: usize, least: usize| {
         if found < least {
-            reasons.push(format!("{}: {found} {what} to learn from, expected at least {least}", phase.name()));
+            reasons
+                .push(format!("{}: {found} {what} to learn from, expected at least {least}", phase.name()));
         }
     };
     need("points", training.values.len(), LEAST_POINTS);
@@ -329,7 +344,8 @@ fn compositions(calibration: &Calibration, records: &[Record]) -> Vec<Compositio
                 Workload::Generate { batch, isl, osl } => {
                     let [batch, isl, osl] = [batch, isl, osl].map(f64::from);
                     let step = Load::Decode { batch, kv_tokens: batch * (isl + osl / 2.0) };
-                    let pass = prefill.at(&Load::Prefill { batch, isl, chunk }) + (osl - 1.0) * decode.at(&step);
+                    let pass =
+                        prefill.at(&Load::Prefill { batch, isl, chunk }) + (osl - 1.0) * decode.at(&step);
                     batch * osl / pass
                 }
                 _ => continue,

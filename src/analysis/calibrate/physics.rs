@@ -33,9 +33,10 @@ impl Physics {
             (true, Some(value_bytes)) => Maybe::Value(arch::kv_bytes_per_token(&config, value_bytes)),
             _ => Maybe::missing("kv_dtype_unknown"),
         };
-        let device = record.ceilings.value().and_then(|all| {
-            all.iter().find(|ceilings| ceilings.device == record.engine.device)
-        });
+        let device = record
+            .ceilings
+            .value()
+            .and_then(|all| all.iter().find(|ceilings| ceilings.device == record.engine.device));
         let none = || Maybe::missing("no_ceilings");
         Physics {
             weights_bytes: if is_supported {
@@ -59,7 +60,11 @@ impl Physics {
     }
 
     /// The spec sheet's, at 0.8 of its bandwidth; only where one is shipped.
-    pub(super) fn spec_sheet_roofline(&self, sheet: Option<&DeviceSheet>, compute_dtype: &str) -> Option<Simple<'_>> {
+    pub(super) fn spec_sheet_roofline(
+        &self,
+        sheet: Option<&DeviceSheet>,
+        compute_dtype: &str,
+    ) -> Option<Simple<'_>> {
         let sheet = sheet.filter(|_| ["bf16", "f16"].contains(&compute_dtype))?;
         let bandwidth = SPEC_SHEET_SHARE * sheet.memory_bytes_per_s?;
         self.roofline("spec_sheet_roofline", bandwidth, sheet.bf16_flops_per_s?)
@@ -106,10 +111,28 @@ impl Physics {
             (Maybe::Missing(missing), _) | (_, Maybe::Missing(missing)) => Maybe::Missing(missing.clone()),
         };
         vec![
-            rate("decode_weights_bandwidth", &self.weights_bytes, law.coefficient(Term::Constant), &self.bandwidth_bytes_per_s, true),
-            rate("decode_kv_bandwidth", &kv_bytes, law.coefficient(Term::KvTokens), &self.bandwidth_bytes_per_s, true),
+            rate(
+                "decode_weights_bandwidth",
+                &self.weights_bytes,
+                law.coefficient(Term::Constant),
+                &self.bandwidth_bytes_per_s,
+                true,
+            ),
+            rate(
+                "decode_kv_bandwidth",
+                &kv_bytes,
+                law.coefficient(Term::KvTokens),
+                &self.bandwidth_bytes_per_s,
+                true,
+            ),
             // Below the ridge arithmetic hides behind the weights' reading, so a small coefficient refutes nothing.
-            rate("decode_flops", &token_flops, law.coefficient(Term::Batch) + hinge, &self.matmul_flops_per_s, law.knot.is_some()),
+            rate(
+                "decode_flops",
+                &token_flops,
+                law.coefficient(Term::Batch) + hinge,
+                &self.matmul_flops_per_s,
+                law.knot.is_some(),
+            ),
             ReadOut {
                 name: "decode_launch_floor".to_owned(),
                 unit: "s".to_owned(),

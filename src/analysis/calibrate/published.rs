@@ -20,8 +20,18 @@ use crate::record::{Maybe, hex};
 const LARGEST_FILE_BYTES: u64 = 256 << 20;
 /// Columns of the plain form.
 const COLUMNS: [&str; 12] = [
-    "system", "gpus", "engine", "model", "precision", "parallelism", "experts", "isl", "osl", "concurrency",
-    "output_tokens_per_s", "source",
+    "system",
+    "gpus",
+    "engine",
+    "model",
+    "precision",
+    "parallelism",
+    "experts",
+    "isl",
+    "osl",
+    "concurrency",
+    "output_tokens_per_s",
+    "source",
 ];
 
 /// What rows must share to be fitted together.
@@ -89,7 +99,8 @@ pub fn read_rows(path: &Path) -> anyhow::Result<Rows> {
 }
 
 fn parse(text: &str) -> anyhow::Result<BTreeMap<Group, Vec<Row>>> {
-    let mut lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty() && !line.starts_with('#'));
+    let mut lines =
+        text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty() && !line.starts_with('#'));
     let (_, header) = lines.next().context("it is empty")?;
     let header = fields(header);
     let is_silicon = header.iter().any(|name| name == "silicon_tpot_ms");
@@ -182,7 +193,9 @@ fn plain_row(fields: &Fields<'_>) -> anyhow::Result<(Group, Row)> {
 fn silicon_row(fields: &Fields<'_>) -> anyhow::Result<Option<(Group, Row)>> {
     let origin = fields.text("silicon_data_source");
     let concurrency = origin.split("silicon_concurrency=").nth(1).and_then(|rest| rest.split(';').next());
-    let Some(concurrency) = concurrency.and_then(|text| text.trim().parse::<f64>().ok()) else { return Ok(None) };
+    let Some(concurrency) = concurrency.and_then(|text| text.trim().parse::<f64>().ok()) else {
+        return Ok(None);
+    };
     if fields.text("mode") != "agg" || concurrency <= 0.0 {
         return Ok(None);
     }
@@ -200,12 +213,19 @@ fn silicon_row(fields: &Fields<'_>) -> anyhow::Result<Option<(Group, Row)>> {
             precision => precision.to_owned(),
         },
         parallelism: ["tp_size", "pp_size", "attention_dp_size", "moe_tp_size", "moe_ep_size"]
-            .map(|column| format!("{}{}", column.trim_end_matches("_size").replace("attention_", ""), fields.text(column)))
+            .map(|column| {
+                format!(
+                    "{}{}",
+                    column.trim_end_matches("_size").replace("attention_", ""),
+                    fields.text(column)
+                )
+            })
             .join("-"),
         has_experts: !is_dense(&model),
         model,
     };
-    let source = format!("aiconfigurator silicon sample, measured {}", measured.unwrap_or("at an unknown date"));
+    let source =
+        format!("aiconfigurator silicon sample, measured {}", measured.unwrap_or("at an unknown date"));
     Ok(Some((group, Row { load, seconds: fields.number("silicon_tpot_ms")? / 1e3, source })))
 }
 
@@ -220,7 +240,11 @@ pub fn fit_groups(rows: &Rows, command: &[String]) -> Vec<GroupFit> {
         .iter()
         .map(|(group, all)| {
             let points = medians(all);
-            GroupFit { group: group.clone(), points: points.len(), calibration: fit(rows, group, all, command) }
+            GroupFit {
+                group: group.clone(),
+                points: points.len(),
+                calibration: fit(rows, group, all, command),
+            }
         })
         .collect()
 }
@@ -235,7 +259,8 @@ fn medians(rows: &[Row]) -> Vec<(String, Load, f64)> {
 }
 
 fn key(load: &Load) -> String {
-    let sizes: Vec<String> = load.coordinates().iter().map(|(name, value)| format!("{name}={value}")).collect();
+    let sizes: Vec<String> =
+        load.coordinates().iter().map(|(name, value)| format!("{name}={value}")).collect();
     format!("{}/{}", load.phase().name(), sizes.join("/"))
 }
 
@@ -253,12 +278,22 @@ fn fit(rows: &Rows, group: &Group, all: &[Row], command: &[String]) -> Result<Ca
             continue;
         }
         if measured.len() < LEAST_POINTS {
-            reasons.push(format!("{}: {} points, expected at least {LEAST_POINTS}", phase.name(), measured.len()));
+            reasons.push(format!(
+                "{}: {} points, expected at least {LEAST_POINTS}",
+                phase.name(),
+                measured.len()
+            ));
             continue;
         }
         let training: Points = score::training(&measured);
         match Law::fit(phase, &training, group.has_experts) {
-            Ok(law) => laws.push(score::score(Quantity::Time, law, &measured, Maybe::missing("published_once"), Vec::new())),
+            Ok(law) => laws.push(score::score(
+                Quantity::Time,
+                law,
+                &measured,
+                Maybe::missing("published_once"),
+                Vec::new(),
+            )),
             Err(no_law) => reasons.push(no_law.0),
         }
     }

@@ -68,9 +68,8 @@ pub(super) fn score(
     let mut simple = vec![Simple { name: "constant", at: Box::new(move |_| Some(level)) }];
     simple.extend(rooflines);
     simple.push(Simple { name: "interpolation", at: Box::new(|load| interpolate(&learnt, load)) });
-    let fold = |fold: Fold| -> Vec<&Measured<'_>> {
-        points.iter().filter(|point| point.fold == fold).collect()
-    };
+    let fold =
+        |fold: Fold| -> Vec<&Measured<'_>> { points.iter().filter(|point| point.fold == fold).collect() };
     let folds = [Fold::Interior, Fold::Row, Fold::Frontier].map(fold);
     let baselines = simple
         .iter()
@@ -225,10 +224,16 @@ pub(super) fn grade(fitted: &FittedLaw) -> (Grade, Option<String>) {
         match &fitted.frontier {
             Maybe::Missing(_) => lower(Grade::C, format!("{what}: no frontier was held out")),
             Maybe::Value(errors) if errors.mape_share > 0.20 => {
-                lower(Grade::C, format!("{what}: frontier MAPE {}, B needs 20 %", percent(errors.mape_share)));
+                lower(
+                    Grade::C,
+                    format!("{what}: frontier MAPE {}, B needs 20 %", percent(errors.mape_share)),
+                );
             }
             Maybe::Value(errors) if errors.mape_share > 0.10 => {
-                lower(Grade::B, format!("{what}: frontier MAPE {}, A needs 10 %", percent(errors.mape_share)));
+                lower(
+                    Grade::B,
+                    format!("{what}: frontier MAPE {}, A needs 10 %", percent(errors.mape_share)),
+                );
             }
             Maybe::Value(_) => {}
         }

@@ -62,14 +62,27 @@ pub fn lint(site: &Site) -> Vec<Finding> {
     if let (Some(count), Some(sheet)) = (&site.fleet.count, device_sheet(&site.fleet.device)) {
         let gpus = gpus_per_unit(sheet, site.fleet.unit).map(|per_unit| per_unit * count.value);
         match gpus {
-            None => findings.push(error(format!("fleet.unit is rack, and the size of a {} rack is unknown", site.fleet.device))),
-            Some(gpus) => findings.extend(fleet(&site.fleet.device, sheet, gpus, facility_mw, Level::Error, "the site")),
+            None => findings.push(error(format!(
+                "fleet.unit is rack, and the size of a {} rack is unknown",
+                site.fleet.device
+            ))),
+            Some(gpus) => {
+                findings.extend(fleet(&site.fleet.device, sheet, gpus, facility_mw, Level::Error, "the site"))
+            }
         }
         for other in &count.others {
             if let Some(per_unit) = gpus_per_unit(sheet, site.fleet.unit) {
-                let what = format!("{} {:?}s ({})", other.value, site.fleet.unit, other.source).to_lowercase();
+                let what =
+                    format!("{} {:?}s ({})", other.value, site.fleet.unit, other.source).to_lowercase();
                 let gpus = per_unit * other.value;
-                findings.extend(fleet(&site.fleet.device, sheet, gpus, facility_mw, Level::RefutedClaim, &what));
+                findings.extend(fleet(
+                    &site.fleet.device,
+                    sheet,
+                    gpus,
+                    facility_mw,
+                    Level::RefutedClaim,
+                    &what,
+                ));
             }
         }
     }
@@ -118,7 +131,10 @@ fn fleet(
     if let Some(per_rack) = sheet.gpus_per_rack.map(f64::from).filter(|per_rack| gpus % per_rack != 0.0) {
         findings.push(Finding {
             level: Level::Note,
-            text: format!("{what}: {gpus:.0} GPUs are {:.1} racks of {per_rack:.0}, no whole number", gpus / per_rack),
+            text: format!(
+                "{what}: {gpus:.0} GPUs are {:.1} racks of {per_rack:.0}, no whole number",
+                gpus / per_rack
+            ),
         });
     }
     findings
@@ -134,7 +150,9 @@ fn claim(claim: &Claim) -> Option<Finding> {
                 .into_iter()
                 .find(|finding| finding.level == Level::RefutedClaim)
         }
-        Claim::Fabric { text, source, device, value, unit } => fabric(text, source, device_sheet(device)?, *value, unit),
+        Claim::Fabric { text, source, device, value, unit } => {
+            fabric(text, source, device_sheet(device)?, *value, unit)
+        }
         Claim::Capex { text, source, millions, currency, scope, power_mw } => {
             let per_mw = millions / power_mw;
             let (low, high) = match scope.as_str() {

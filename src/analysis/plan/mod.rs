@@ -10,8 +10,8 @@ mod site;
 pub use lint::{Finding, Level, lint};
 pub use outcome::{Curve, LoadPoint, Outcome, RampPoint, Sensitivity};
 pub use site::{
-    CapacityKind, Claim, Confidence, Demand, DeviceTransfer, Figure, Fleet, Money, OtherValue, Power, RampStep,
-    SITE_SCHEMA, Shape, Site, Slo, Span, Unit, parse_site, read_site,
+    CapacityKind, Claim, Confidence, Demand, DeviceTransfer, Figure, Fleet, Money, OtherValue, Power,
+    RampStep, SITE_SCHEMA, Shape, Site, Slo, Span, Unit, parse_site, read_site,
 };
 
 use serde::Serialize;
@@ -97,7 +97,8 @@ pub struct PlanRefusal(pub String);
 /// When the calibration is of another device or of other loads, or the figures leave nothing to compute.
 pub fn plan(site: &Site, calibration: &Calibration, options: &PlanOptions) -> Result<Plan, PlanRefusal> {
     let refuse = |reason: String| PlanRefusal(reason);
-    let sheet = device_sheet(&site.fleet.device).ok_or_else(|| refuse("the device has no sheet".to_owned()))?;
+    let sheet =
+        device_sheet(&site.fleet.device).ok_or_else(|| refuse("the device has no sheet".to_owned()))?;
     let transfer = transfer(site, calibration)?;
     let service = Service::of(calibration).ok_or_else(|| {
         refuse("the calibration has neither both prefill and decode laws nor a law of serving".to_owned())
@@ -105,9 +106,9 @@ pub fn plan(site: &Site, calibration: &Calibration, options: &PlanOptions) -> Re
     let mix = &site.demand.mix;
     let most_reach = if options.allow_extrapolation { f64::INFINITY } else { 1.0 };
     let kv_tokens = calibration.subject.kv_tokens_held.value().map(|tokens| *tokens as f64);
-    let point = service
-        .operating_point(mix, site.demand.slo, kv_tokens, most_reach)
-        .ok_or_else(|| refuse("not even one request at a time keeps the promise of demand.slo within memory".to_owned()))?;
+    let point = service.operating_point(mix, site.demand.slo, kv_tokens, most_reach).ok_or_else(|| {
+        refuse("not even one request at a time keeps the promise of demand.slo within memory".to_owned())
+    })?;
     let concurrency = point.concurrency.unwrap_or(1.0);
     let reach = service.reach(concurrency, mix);
     if reach > MOST_REACH && !options.allow_extrapolation {
@@ -325,7 +326,10 @@ fn flags(frame: &Frame<'_>, calibration: &Calibration, extrapolated: bool) -> Ve
         }
     }
     if calibration.subject.kv_tokens_held.value().is_none() && frame.point.concurrency.is_some() {
-        flags.push("memory for keys and values is not checked: the calibration does not say how much there is".to_owned());
+        flags.push(
+            "memory for keys and values is not checked: the calibration does not say how much there is"
+                .to_owned(),
+        );
     }
     for finding in lint(site).into_iter().filter(|finding| finding.level == Level::Error) {
         flags.push(format!("the site contradicts itself: {}", finding.text));

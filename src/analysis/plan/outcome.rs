@@ -161,7 +161,9 @@ impl Frame<'_> {
         let device = &fleet.device;
         let all_in_w = sheet.all_in_kw.map(|kilowatts| kilowatts * 1000.0);
         let provisioned_w = value(&fleet.provisioned_w_per_gpu).or(all_in_w).ok_or_else(|| {
-            PlanRefusal(format!("fleet.provisioned_w_per_gpu is missing, and the sheet of {device} has no all-in power"))
+            PlanRefusal(format!(
+                "fleet.provisioned_w_per_gpu is missing, and the sheet of {device} has no all-in power"
+            ))
         })?;
         let overhead_w = value(&fleet.overhead_w_per_gpu).or_else(|| Some(all_in_w? - sheet.tdp_w?));
         if overhead_w.is_none() && self.service.has_energy() {
@@ -173,8 +175,9 @@ impl Frame<'_> {
         let count = match &fleet.count {
             None => None,
             Some(figure) => {
-                let per_unit = gpus_per_unit(sheet, fleet.unit)
-                    .ok_or_else(|| PlanRefusal(format!("fleet.unit is rack, and the size of a {device} rack is unknown")))?;
+                let per_unit = gpus_per_unit(sheet, fleet.unit).ok_or_else(|| {
+                    PlanRefusal(format!("fleet.unit is rack, and the size of a {device} rack is unknown"))
+                })?;
                 Some(figure.value * per_unit)
             }
         };
@@ -200,16 +203,32 @@ impl Frame<'_> {
     fn inputs(&self, estimate: &Estimate) -> Vec<Input> {
         let site = self.site;
         let mut inputs = vec![
-            Input { name: "power.contract_mw", place: |e| &mut e.contract_mw, span: site.power.contract_mw.span() },
+            Input {
+                name: "power.contract_mw",
+                place: |e| &mut e.contract_mw,
+                span: site.power.contract_mw.span(),
+            },
             Input { name: "power.pue", place: |e| &mut e.pue, span: site.power.pue.span() },
-            Input { name: "fleet.availability", place: |e| &mut e.availability, span: site.fleet.availability.span() },
-            Input { name: "demand.utilization", place: |e| &mut e.utilization, span: site.demand.utilization.span() },
+            Input {
+                name: "fleet.availability",
+                place: |e| &mut e.availability,
+                span: site.fleet.availability.span(),
+            },
+            Input {
+                name: "demand.utilization",
+                place: |e| &mut e.utilization,
+                span: site.demand.utilization.span(),
+            },
             Input {
                 name: "money.electricity_per_mwh",
                 place: |e| &mut e.electricity_per_mwh,
                 span: site.money.electricity_per_mwh.span(),
             },
-            Input { name: "device_transfer", place: |e| &mut e.throughput_ratio, span: estimate.throughput_span },
+            Input {
+                name: "device_transfer",
+                place: |e| &mut e.throughput_ratio,
+                span: estimate.throughput_span,
+            },
         ];
         if let Some(figure) = &site.fleet.provisioned_w_per_gpu {
             let place: fn(&mut Estimate) -> &mut f64 = |e| &mut e.provisioned_w;
@@ -320,7 +339,8 @@ impl Frame<'_> {
             None => Maybe::missing("idle_power_unknown"),
         };
         // Energy that the fixed cost includes is not charged again.
-        let charged_idle = if self.energy_included || share == 1.0 { Maybe::Value(0.0) } else { idle.clone() };
+        let charged_idle =
+            if self.energy_included || share == 1.0 { Maybe::Value(0.0) } else { idle.clone() };
         let charged_busy = if self.energy_included { 0.0 } else { per_hour(it_w) };
         let both = |a: &Maybe<f64>, b: &Maybe<f64>, join: &dyn Fn(f64, f64) -> f64| match (a, b) {
             (Maybe::Value(a), Maybe::Value(b)) => Maybe::Value(join(*a, *b)),
@@ -335,7 +355,9 @@ impl Frame<'_> {
                     (fixed + idle) / (price * mtok_per_hour - charged_busy + idle)
                 });
                 match share {
-                    Maybe::Value(share) if share > 0.0 && share <= e.availability => Maybe::Value(share / e.availability),
+                    Maybe::Value(share) if share > 0.0 && share <= e.availability => {
+                        Maybe::Value(share / e.availability)
+                    }
                     Maybe::Value(_) => Maybe::missing("never"),
                     missing => missing,
                 }
@@ -346,7 +368,9 @@ impl Frame<'_> {
                 (fixed / share + charged_busy + (1.0 - share) / share * idle) / mtok_per_hour
             }),
             marginal_per_mtok: idle.map(|idle| (per_hour(it_w) - idle).max(0.0) / mtok_per_hour),
-            idle_tax_per_hour: both(&fixed, &charged_idle, &|fixed, idle| gpus * (1.0 - share) * (fixed + idle)),
+            idle_tax_per_hour: both(&fixed, &charged_idle, &|fixed, idle| {
+                gpus * (1.0 - share) * (fixed + idle)
+            }),
             mean_w: match e.idle_it_w {
                 Some(idle_w) => Maybe::Value(share * it_w + (1.0 - share) * idle_w),
                 None if share == 1.0 => Maybe::Value(it_w),
@@ -399,13 +423,15 @@ impl Frame<'_> {
         let mut curve = Vec::new();
         for concurrency in powers.chain([most]) {
             let seconds = self.service.replica_seconds(&laws, concurrency, mix);
-            let joules = self.service.replica_joules(&laws, concurrency, mix).filter(|_| !estimate.transferred);
+            let joules =
+                self.service.replica_joules(&laws, concurrency, mix).filter(|_| !estimate.transferred);
             let (rate, watts) = (1.0 / seconds, joules.map(|joules| joules / seconds));
-            let marginal = watts.zip(before).map(|(watts, (rate_before, watts_before))| {
-                (watts - watts_before) / (rate - rate_before)
-            });
+            let marginal = watts
+                .zip(before)
+                .map(|(watts, (rate_before, watts_before))| (watts - watts_before) / (rate - rate_before));
             before = watts.map(|watts| (rate, watts));
-            let known = |value: Option<f64>| value.map_or(Maybe::missing("energy_not_measured"), Maybe::Value);
+            let known =
+                |value: Option<f64>| value.map_or(Maybe::missing("energy_not_measured"), Maybe::Value);
             curve.push(Curve {
                 concurrency,
                 tpot_ms: mix
@@ -491,7 +517,9 @@ impl Frame<'_> {
                 outcome.output_tokens_per_day
             ),
             match outcome.board_w_per_gpu.value() {
-                Some(board_w) => format!("W per GPU, IT = board + overhead = {board_w:.1} + {} = {it_w:.1}", e.overhead_w),
+                Some(board_w) => {
+                    format!("W per GPU, IT = board + overhead = {board_w:.1} + {} = {it_w:.1}", e.overhead_w)
+                }
                 None => format!("W per GPU, IT = provisioned = {it_w:.1}"),
             },
             format!(
@@ -507,13 +535,16 @@ impl Frame<'_> {
             ),
         ];
         let currency = &self.site.money.currency;
-        if let (Some(fixed), Maybe::Value(cost)) =
-            (fixed_hour(&self.cost), &outcome.cost_per_mtok_output)
-        {
+        if let (Some(fixed), Maybe::Value(cost)) = (fixed_hour(&self.cost), &outcome.cost_per_mtok_output) {
             let energy = if self.energy_included {
                 "energy included".to_owned()
             } else {
-                format!("energy {} W · PUE {} · {} per MWh, idle time included", number(it_w), e.pue, e.electricity_per_mwh)
+                format!(
+                    "energy {} W · PUE {} · {} per MWh, idle time included",
+                    number(it_w),
+                    e.pue,
+                    e.electricity_per_mwh
+                )
             };
             lines.push(format!(
                 "cost per Mtok output = (fixed / (U · A) + energy) / (3600 · tok/s) · 10^6 = ({} / {share:.4} + …) / (3600 · {}) · 10^6 = \

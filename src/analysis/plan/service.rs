@@ -134,9 +134,8 @@ impl<'a> Service<'a> {
 
     /// Joules of the replica's boards per output token over a mix.
     pub(super) fn replica_joules(&self, laws: &DrawnLaws, concurrency: f64, mix: &[Shape]) -> Option<f64> {
-        self.has_energy().then(|| {
-            mean_per_token(mix, |shape| self.joules(laws, concurrency, shape).unwrap_or(0.0))
-        })
+        self.has_energy()
+            .then(|| mean_per_token(mix, |shape| self.joules(laws, concurrency, shape).unwrap_or(0.0)))
     }
 
     /// The concurrency of the most tokens per second within the promise, the memory and `most_reach` times the domain.
@@ -149,7 +148,12 @@ impl<'a> Service<'a> {
     ) -> Option<OperatingPoint> {
         let laws = self.best();
         if let Service::Saturated(_) = self {
-            return Some(OperatingPoint { concurrency: None, tpot_s: None, ttft_s: None, limit: "saturated" });
+            return Some(OperatingPoint {
+                concurrency: None,
+                tpot_s: None,
+                ttft_s: None,
+                limit: "saturated",
+            });
         }
         let most_tpot_s = slo.and_then(|slo| slo.tpot_ms).map_or(f64::INFINITY, |ms| ms / 1e3);
         let held = mix.iter().map(|shape| shape.share * f64::from(shape.isl + shape.osl)).sum::<f64>();

@@ -279,9 +279,9 @@ fn explained(error: &toml::de::Error, text: Option<&str>) -> anyhow::Error {
 
 /// `demand.utilization=0.8`: replaces a value that the file has. A figure becomes that number, without a range.
 fn set(table: &mut toml::Table, setting: &str) -> anyhow::Result<()> {
-    let (key, text) = setting
-        .split_once('=')
-        .with_context(|| format!("--set is '{setting}', expected key=value such as demand.utilization=0.8"))?;
+    let (key, text) = setting.split_once('=').with_context(|| {
+        format!("--set is '{setting}', expected key=value such as demand.utilization=0.8")
+    })?;
     let parts: Vec<&str> = key.split('.').collect();
     let (last, path) = parts.split_last().expect("a split has a part");
     let mut here = table;
@@ -291,7 +291,8 @@ fn set(table: &mut toml::Table, setting: &str) -> anyhow::Result<()> {
             _ => bail!("--set {key}: the site has no table {part}"),
         };
     }
-    let value = format!("value = {text}").parse::<toml::Table>().ok().and_then(|mut table| table.remove("value"));
+    let value =
+        format!("value = {text}").parse::<toml::Table>().ok().and_then(|mut table| table.remove("value"));
     let value = value.unwrap_or_else(|| toml::Value::String(text.to_owned()));
     match here.get_mut(*last) {
         Some(toml::Value::Table(figure)) if figure.contains_key("value") => {
