@@ -182,7 +182,7 @@ fn fit_phase(
     }
     let time = Law::fit(phase, &training, false).map_err(|no_law| vec![no_law.0])?;
     let mut reasons = Vec::new();
-    if let Some(needed) = phase.needed().filter(|term| time.coefficient(*term) <= 0.0) {
+    if let Some(needed) = phase.needed().filter(|term| is_absent(&time, *term)) {
         reasons.push(format!(
             "{}: the coefficient of {} is zero, expected more: no step is free of it",
             phase.name(),
@@ -211,6 +211,12 @@ fn fit_phase(
         ));
     }
     Ok(laws)
+}
+
+/// Whether a law goes without a term, beyond its knot too: a short prompt's tokens may hide behind the weights' reading.
+fn is_absent(law: &Law, term: Term) -> bool {
+    let beyond = if term == Term::NewTokens { law.coefficient(Term::NewTokensBeyondKnot) } else { 0.0 };
+    law.coefficient(term) + beyond <= 0.0
 }
 
 /// What is missing before a law can be thought of.

@@ -2,6 +2,7 @@
 //! division; what is drawn at random is not, and is rounded when it is printed. The formulas stand in PLANNING.md, and
 //! `--explain` prints them with this site's numbers.
 
+mod frame;
 mod lint;
 mod outcome;
 mod service;
@@ -16,7 +17,7 @@ pub use site::{
 
 use serde::Serialize;
 
-use self::outcome::{Estimate, Frame};
+use self::frame::{Estimate, Frame};
 use self::service::Service;
 use super::calibrate::{Calibration, Grade, Load};
 use super::cost::{Work, cell_cost};
