@@ -8,6 +8,7 @@ mod cost;
 mod cublaslt;
 pub mod environment;
 mod histogram;
+mod hold_out;
 pub mod identities;
 pub mod machine;
 mod maybe;
@@ -30,6 +31,7 @@ pub use cell::{
 pub use cost::{Amount, Converted, CostMode, CostModel, Currency, EnergyPrice, ExchangeRate, Usage};
 pub use cublaslt::{Chosen, CublasLt, TunedProduct};
 pub use histogram::{Latency, LatencyHistogram, merge as merge_histograms};
+pub use hold_out::{HoldOut, hold_out};
 pub use maybe::{Maybe, Missing};
 pub use redact::{hashed_identity, redacted};
 pub use store::{ReadError, Store, check_place, parse, read, write_atomically};
@@ -127,6 +129,9 @@ pub struct Command {
     pub thermal: Maybe<Thermal>,
     /// Keys of all cells that were planned, measured or not, in order.
     pub planned_cells: Vec<String>,
+    /// Which of them a calibration does not learn from, fixed before anything was measured.
+    #[serde(default = "hold_out::not_recorded", skip_serializing_if = "Maybe::is_not_recorded")]
+    pub hold_out: Maybe<HoldOut>,
 }
 
 /// One boot and one driver load: the unit that `compare` counts.

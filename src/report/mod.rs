@@ -1,16 +1,20 @@
 //! Summaries as people and programs read them. Computes nothing: what is printed stands in [`crate::analysis`].
 
+mod calibration;
 mod comparison;
 mod data;
 mod html;
 mod markdown;
+mod plan;
 mod table;
 mod words;
 
+pub use calibration::{calibration, groups};
 pub use comparison::{comparison_json, comparison_markdown, comparison_table};
 pub use data::{csv, json, jsonl};
 pub use html::page;
 pub use markdown::{document, section};
+pub use plan::{findings, plan};
 pub use table::table;
 
 use std::collections::BTreeSet;

@@ -11,7 +11,9 @@ use crate::machine::{self, DriverLoad, Roots};
 use crate::meter::nvml::Library;
 use crate::meter::{Absent, PowerMeter};
 use crate::record::machine::Machine;
-use crate::record::{Command, Engine, Kernels, Maybe, Model, Record, SCHEMA, Session, Status, Tool};
+use crate::record::{
+    Command, Engine, Kernels, Maybe, Model, Record, SCHEMA, Session, Status, Tool, hold_out,
+};
 
 /// How long the machine is watched before the first cell.
 const OBSERVED_NS: u64 = 400_000_000;
@@ -106,6 +108,7 @@ fn command(choices: &Choices) -> Command {
         steady: Maybe::Value(choices.protocol.steady),
         thermal: Maybe::Value(choices.thermal),
         planned_cells: choices.cells.iter().map(|cell| cell.key()).collect(),
+        hold_out: Maybe::Value(hold_out(&choices.cells)),
     }
 }
 
