@@ -129,7 +129,8 @@ fn places(value: &Value, at: &str, out: &mut Vec<String>) {
 
 /// Fields that older files lack: read as not recorded, and left out again when such a file is copied. Numbers of
 /// elements are left out.
-const YOUNGER: [&str; 21] = [
+const YOUNGER: [&str; 22] = [
+    "/command/hold_out",
     "/cells//gpus",
     "/machine/gpu_driver/branch",
     "/machine/gpu_driver/library",
