@@ -21,10 +21,13 @@ pub(super) struct Measured<'a> {
     pub(super) value: f64,
 }
 
+/// What a load takes; none where nothing is said of it.
+type Forecast<'a> = Box<dyn Fn(&Load) -> Option<f64> + 'a>;
+
 /// A forecast of a simpler kind.
 pub(super) struct Simple<'a> {
     pub(super) name: &'static str,
-    pub(super) at: Box<dyn Fn(&Load) -> Option<f64> + 'a>,
+    pub(super) at: Forecast<'a>,
 }
 
 /// The points of one quantity; `None` when some point lacks it.

@@ -157,8 +157,11 @@ pub(super) fn missing(fields: &Map<String, Value>) -> Option<&str> {
     (fields.len() == 1).then(|| fields.get("missing")?.as_str()).flatten()
 }
 
+/// The end of a field's name, and how its values are written.
+type Unit = (&'static str, fn(f64) -> String);
+
 /// Units that end a field's name, longest first, and how such numbers read.
-const UNITS: [(&str, fn(f64) -> String); 12] = [
+const UNITS: [Unit; 12] = [
     ("_bytes_per_s", |value| format!("{} GB/s", format_significant(value / 1e9))),
     ("_flops_per_s", |value| {
         let (factor, prefix) = prefixed(value);
@@ -176,7 +179,7 @@ const UNITS: [(&str, fn(f64) -> String); 12] = [
     ("_c", |value| format!("{value} °C")),
 ];
 
-fn unit_of(name: &str) -> Option<&'static (&'static str, fn(f64) -> String)> {
+fn unit_of(name: &str) -> Option<&'static Unit> {
     UNITS.iter().find(|(ending, _)| name.ends_with(ending))
 }
 
