@@ -15,7 +15,7 @@ const MAD_TO_SIGMA: f64 = 1.4826;
 /// Residuals below this are rounding.
 const LEAST_RESIDUAL: f64 = 1e-9;
 
-/// Coefficients x ≥ 0 that minimise |rows · x − targets|². `rows` is [points][features], one target per row.
+/// Coefficients x ≥ 0 that minimise |rows · x − targets|². `rows` is `[points][features]`, one target per row.
 pub fn nnls(rows: &[Vec<f64>], targets: &[f64]) -> Vec<f64> {
     let features = rows.first().map_or(0, Vec::len);
     let scales = column_lengths(rows, features);

@@ -151,7 +151,7 @@ impl PowerMeter {
         }
     }
 
-    /// The device's temperature, watched for [`TEMPERATURE_NS`].
+    /// The device's temperature, watched for `TEMPERATURE_NS`.
     pub fn temperature_c(&mut self, clock: &Clock) -> Maybe<f64> {
         self.begin(clock);
         let t0_ns = clock.now_ns();
