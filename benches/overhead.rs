@@ -18,8 +18,15 @@ const BATCHES: [usize; 4] = [1, 8, 64, 256];
 const ISL: usize = 512;
 const OSL: u32 = 256;
 const REPEATS: usize = 15;
-const WINDOW: Protocol =
-    Protocol { repeat: 1, min_window_ns: 5_000_000, max_window_ns: 10_000_000_000, warmup_ns: 0, seed: 0 };
+const WINDOW: Protocol = Protocol {
+    repeat: 1,
+    min_window_ns: 5_000_000,
+    max_window_ns: 10_000_000_000,
+    warmup_ns: 0,
+    steady: false,
+    cool_to_c: None,
+    seed: 0,
+};
 
 fn main() {
     println!(

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use program::{Finished, start, tiny_model, tokmeter, tokmeter_limited};
 use tempfile::tempdir;
-use tokmeter::record::{Outcome, Record, Status, read, violations};
+use tokmeter::record::{Maybe, Outcome, Record, Status, Steady, WarmupEnd, read, violations};
 
 /// Step times that make round numbers: 10 ms a step, 1 ms for each prompt token, 2 ms for each sequence that decodes.
 const SCRIPT: &str = r#"{"base_ns":10000000,"per_prefill_token_ns":1000000,"per_decode_token_ns":2000000,"per_context_token_ps":0}"#;
@@ -206,6 +206,43 @@ fn json_is_exact_to_the_byte() {
         price = missing("no_price"),
     );
     assert_prints(&["--batch", "1", "--isl", "40", "--format", "json"], &expected);
+}
+
+/// Passes of 12 ms and a warm-up of 0.12 s, which is flat at once; from step 30 on, within the first of two windows of
+/// 42 passes, each step takes 5 % longer.
+#[test]
+fn a_run_that_slows_down_is_kept_and_flagged_in_words() {
+    let folder = tempdir().unwrap();
+    let suite = "name='own'\ndescription='d'\nrepeat=2\nmin_seconds=0.5\nwarmup_seconds=0.12\nsteady=true\n\
+        [[cells]]\nkind='decode'\nbatch=1\ndepth=40\nosl=1\n";
+    std::fs::write(folder.path().join("own.toml"), suite).unwrap();
+    let script = SCRIPT.replace('}', r#","shift":1.05,"shift_at_step":30}"#);
+    let run = ["run", "--engine", "fake", "--suite", "own.toml", "--fake-script", &script, "-o", "r.json"];
+    let done = tokmeter(folder.path(), &run);
+    assert_eq!(done.code, Some(0), "{done:?}");
+    let flag =
+        "! decode/b1/d40/o1: not steady in 1 run: slowing down, the window ends slower than it began\n";
+    assert!(done.stdout.contains(flag), "{}", done.stdout);
+    let record = read(&folder.path().join("r.json")).unwrap();
+    assert_eq!(violations(&record), []);
+    assert_eq!(record.command.warmup_seconds, Maybe::Value(0.12));
+    assert_eq!(record.command.steady, Maybe::Value(true));
+    let cell = &record.cells[0];
+    assert_eq!(cell.warmup.value().unwrap().ended, Maybe::Value(WarmupEnd::Flat));
+    assert_eq!([cell.runs[0].steady, cell.runs[1].steady], [Steady::Slowdown, Steady::Steady]);
+    let markdown = tokmeter(folder.path(), &["report", "r.json", "--allow-not-a-measurement"]);
+    assert!(markdown.stdout.contains(flag), "{}", markdown.stdout);
+}
+
+#[test]
+fn cooling_down_without_a_temperature_is_refused_before_anything_is_measured() {
+    let folder = tempdir().unwrap();
+    let done = fake(folder.path(), &["--batch", "1", "--isl", "40", "--thermal", "cooldown"]);
+    assert_eq!(done.code, Some(2), "{done:?}");
+    let error = "error: --thermal cooldown: the temperature cannot be read (no_sensor), expected a sensor that shows it\n\
+        hint: ";
+    assert!(done.stderr.starts_with(error), "{}", done.stderr);
+    assert_eq!(folder.path().read_dir().unwrap().count(), 0, "no file is written");
 }
 
 /// The same record at another price: nothing measured changes, and the arithmetic is that of a slip of paper.

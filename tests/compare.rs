@@ -40,6 +40,7 @@ fn gpu(index: u32, uuid: &str) -> Gpu {
         uuid: Maybe::Value(uuid.to_owned()),
         memory_bytes: Maybe::Value(80 << 30),
         compute_capability: Maybe::Value("9.0".to_owned()),
+        setup: Maybe::missing("made_up"),
     }
 }
 
@@ -707,6 +708,24 @@ fn a_counter_that_drifts_against_integrated_power_is_another_meter() {
     let both = compared(&drifted(&["short_window"], 1.0), &drifted(&["short_window"], 1.0));
     assert!(both.cells.iter().all(|cell| cell.metric == Metric::Throughput));
     assert!(both.remarks.iter().any(|remark| remark.contains("energy does not decide: short window")));
+}
+
+#[test]
+fn times_of_one_driver_load_that_differ_by_the_clock_are_one_session() {
+    let loaded = |index: usize, at: &str| {
+        let mut record = arm_record("a", 0, 1.0 + index as f64 * 1e-6);
+        record.session.label = Maybe::missing("not_given");
+        record.session.driver_loaded_at = Maybe::Value(at.to_owned());
+        sample(&record, &index.to_string())
+    };
+    let mut samples = vec![
+        loaded(0, "2026-02-01T00:00:01Z"),
+        loaded(1, "2026-02-01T00:00:00Z"),
+        loaded(2, "2026-02-01T08:00:00Z"),
+    ];
+    tokmeter::analysis::compare::align(&mut samples);
+    assert_eq!(samples[0].session, samples[1].session);
+    assert_ne!(samples[0].session, samples[2].session);
 }
 
 #[test]

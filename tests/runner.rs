@@ -8,13 +8,21 @@ use tokmeter::clock::Clock;
 use tokmeter::engine::{
     Engine, EngineInfo, EngineLimits, FakeEngine, FakeScript, Request, StepOutput, SubmitError,
 };
-use tokmeter::record::{Cell, Maybe, Outcome, Run, Steady, Workload};
+use tokmeter::meter::{PowerMeter, PowerSensor, Quantity, Samples, SensorInfo, Series, State};
+use tokmeter::record::{Cell, Maybe, Outcome, Run, Steady, WarmupEnd, Workload};
 use tokmeter::runner::{Protocol, Stage, Witness, measure};
 
 const MS: u64 = 1_000_000;
 const LIMITS: EngineLimits = EngineLimits { max_batch: 16, chunk: 64, pages: 4096, max_context: 4096 };
-const PROTOCOL: Protocol =
-    Protocol { repeat: 2, min_window_ns: 500 * MS, max_window_ns: 20_000 * MS, warmup_ns: 0, seed: 1 };
+const PROTOCOL: Protocol = Protocol {
+    repeat: 2,
+    min_window_ns: 500 * MS,
+    max_window_ns: 20_000 * MS,
+    warmup_ns: 0,
+    steady: false,
+    cool_to_c: None,
+    seed: 1,
+};
 
 /// 10 ms a step, and 1 ms for each prompt token or sequence in it.
 fn script() -> FakeScript {
@@ -33,7 +41,11 @@ fn measured(workload: Workload, script: FakeScript) -> Cell {
     measured_on(engine, clock, workload)
 }
 
-fn measured_on(mut engine: impl Engine, clock: Clock, workload: Workload) -> Cell {
+fn measured_on(engine: impl Engine, clock: Clock, workload: Workload) -> Cell {
+    measured_by(engine, clock, workload, &PROTOCOL)
+}
+
+fn measured_by(mut engine: impl Engine, clock: Clock, workload: Workload, protocol: &Protocol) -> Cell {
     let mut stage = Stage {
         engine: &mut engine,
         clock,
@@ -42,7 +54,7 @@ fn measured_on(mut engine: impl Engine, clock: Clock, workload: Workload) -> Cel
         device: "fake".to_owned(),
         on_run: &mut |_, _| {},
     };
-    measure(&mut stage, &workload, &PROTOCOL)
+    measure(&mut stage, &workload, protocol)
 }
 
 fn only_window(run: &Run) -> &tokmeter::record::Window {
@@ -260,4 +272,181 @@ fn the_same_seed_gives_the_same_cell_to_the_bit() {
         let noisy = FakeScript { noise_rel: 0.05, ..script() };
         assert_eq!(measured(workload, noisy.clone()), measured(workload, noisy));
     }
+}
+
+/// Windows of 33 decode passes of 11 ms after a warm-up of 100 ms, assessed.
+const ASSESSED: Protocol =
+    Protocol { min_window_ns: 360 * MS, warmup_ns: 100 * MS, steady: true, ..PROTOCOL };
+const DECODE: Workload = Workload::Decode { batch: 1, depth: 64, osl: 1 };
+
+fn assessed(workload: Workload, script: FakeScript) -> Cell {
+    let clock = Clock::scripted();
+    let engine =
+        FakeEngine::new(FakeScript { per_context_token_ps: 0, ..script }, LIMITS, 1000, clock.clone());
+    measured_by(engine.unwrap(), clock, workload, &ASSESSED)
+}
+
+fn classes(cell: &Cell) -> Vec<Steady> {
+    cell.runs.iter().map(|run| run.steady).collect()
+}
+
+#[test]
+fn an_even_load_is_flat_after_one_stretch_and_steady() {
+    for workload in [
+        DECODE,
+        Workload::Prefill { batch: 1, isl: 2 },
+        Workload::ServeClosed { concurrency: 4, isl: 4, osl: 8, requests: 40 },
+    ] {
+        let cell = assessed(workload, FakeScript { noise_rel: 0.01, ..script() });
+        let warmup = cell.warmup.value().unwrap();
+        assert_eq!(warmup.ended, Maybe::Value(WarmupEnd::Flat), "{workload:?}: {warmup:?}");
+        assert_eq!(classes(&cell), [Steady::Steady; 2], "{workload:?}");
+    }
+}
+
+#[test]
+fn a_cold_engine_is_warmed_up_until_it_is_flat_and_longer_than_asked() {
+    let cold = FakeScript { cold_rel: 1.0, cold_steps: 30, ..script() };
+    let cell = assessed(DECODE, cold.clone());
+    let warmup = cell.warmup.value().unwrap();
+    assert_eq!(warmup.ended, Maybe::Value(WarmupEnd::Flat));
+    assert!(warmup.steps >= 30 && warmup.duration_ns < 1_000 * MS, "{warmup:?}");
+    assert_eq!(classes(&cell), [Steady::Steady; 2]);
+    // Without the wait the first window is inside the slow stretch.
+    let clock = Clock::scripted();
+    let engine = FakeEngine::new(cold, LIMITS, 1000, clock.clone()).unwrap();
+    let fixed = measured_by(engine, clock, DECODE, &Protocol { steady: false, ..ASSESSED });
+    assert_eq!(fixed.warmup.value().unwrap().ended, Maybe::Value(WarmupEnd::Fixed));
+    assert_eq!(classes(&fixed), [Steady::NotAssessed; 2]);
+    let span_ns = |cell: &Cell| only_window(&cell.runs[0]).t1_ns - only_window(&cell.runs[0]).t0_ns;
+    let passes = |cell: &Cell| only_window(&cell.runs[0]).passes;
+    assert!(span_ns(&fixed) / passes(&fixed) > span_ns(&cell) / passes(&cell) * 11 / 10);
+}
+
+#[test]
+fn a_warm_up_that_never_becomes_flat_ends_at_ten_times_its_length() {
+    let cell = assessed(DECODE, FakeScript { cold_rel: 1.0, cold_steps: 300, ..script() });
+    let warmup = cell.warmup.value().unwrap();
+    assert_eq!(warmup.ended, Maybe::Value(WarmupEnd::Bound));
+    assert!(warmup.duration_ns >= 1_000 * MS && warmup.duration_ns < 1_030 * MS, "{warmup:?}");
+    assert_eq!(cell.outcome, Outcome::Measured);
+    assert_eq!(classes(&cell)[0], Steady::Warmup);
+}
+
+#[test]
+fn a_shift_within_a_window_flags_that_run_alone() {
+    // The warm-up takes 12 steps, two of them for the first pass; each run about 33.
+    for (shift, class) in [(1.05, Steady::Slowdown), (0.95, Steady::Warmup)] {
+        let cell = assessed(DECODE, FakeScript { shift, shift_at_step: 25, ..script() });
+        assert_eq!(classes(&cell), [class, Steady::Steady], "{shift}");
+        assert_eq!(cell.outcome, Outcome::Measured, "kept");
+        assert!(only_window(&cell.runs[0]).passes >= 28);
+    }
+}
+
+#[test]
+fn an_open_loop_is_never_assessed_by_its_pace_and_few_passes_are_not_at_all() {
+    let light = FakeScript { base_ns: MS, per_prefill_token_ns: 0, per_decode_token_ns: 0, ..script() };
+    let open = Workload::ServeOpen { request_rate_per_s: 20.0, isl: 8, osl: 2, requests: 50 };
+    let cell = assessed(open, light);
+    assert_eq!(classes(&cell), [Steady::NotAssessed; 2]);
+    assert_eq!(cell.warmup.value().unwrap().ended, Maybe::Value(WarmupEnd::Fixed));
+    let long = assessed(Workload::Prefill { batch: 1, isl: 60 }, script());
+    assert_eq!(classes(&long), [Steady::NotAssessed; 2], "6 passes of 71 ms");
+}
+
+#[test]
+fn an_open_loops_window_opens_on_a_queue_that_has_filled() {
+    // 16 run at once, about 1.1 s each: 10 a second keep about 11 in flight, which take about a second to gather.
+    let slow = FakeScript { base_ns: 100 * MS, per_prefill_token_ns: 0, per_decode_token_ns: 0, ..script() };
+    let cell =
+        measured(Workload::ServeOpen { request_rate_per_s: 10.0, isl: 8, osl: 11, requests: 60 }, slow);
+    for run in &cell.runs {
+        assert!(only_window(run).backlog.at_t0 >= 5, "{:?}", only_window(run).backlog);
+        assert!(run.ramp.value().unwrap().duration_ns >= 1_500 * MS, "{:?}", run.ramp);
+        assert_ne!(run.steady, Steady::Unsustainable);
+    }
+}
+
+/// A device of 80 °C that cools by 1 °C a second while nothing is asked of it, to 40 °C.
+struct Cooling {
+    clock: Clock,
+    since_ns: u64,
+}
+
+impl PowerSensor for Cooling {
+    fn info(&self) -> SensorInfo {
+        SensorInfo {
+            source: "replay",
+            scope: "gpu",
+            quantity: Quantity::Power,
+            devices: Vec::new(),
+            systematic_share: Maybe::missing("not_known"),
+            shortest_window_ns: 0,
+            idle_floor_w: None,
+            trace: Maybe::missing("not_a_trace"),
+        }
+    }
+
+    fn begin(&mut self, _: &Clock) {}
+
+    fn end(&mut self) {}
+
+    /// A look at the temperature takes half a second; anything else is work, which heats it again.
+    fn collect(&mut self, _: &Clock, (t0_ns, t1_ns): (u64, u64)) -> Samples {
+        if t1_ns - t0_ns != 500 * MS {
+            self.since_ns = self.clock.now_ns();
+        }
+        let temperature_c = (80.0 - (self.clock.now_ns() - self.since_ns) as f64 / 1e9).max(40.0);
+        let no = || Err("not_known".to_owned());
+        let state = State {
+            sm_mhz: Err("not_known".to_owned()),
+            memory_mhz: Err("not_known".to_owned()),
+            temperature_c: Ok(temperature_c),
+            reasons_mask: no(),
+            software_power_cap_ns: no(),
+            software_thermal_ns: no(),
+            hardware_thermal_ns: no(),
+            hardware_power_brake_ns: no(),
+        };
+        let series = Series { states: vec![state.clone(), state], ..Series::failed("not_known") };
+        Samples { series: vec![series], sampler_cpu_ns: Maybe::missing("not_known"), clock_stepped: false }
+    }
+}
+
+fn cooled_to(cool_to_c: f64) -> Cell {
+    let clock = Clock::scripted();
+    let mut engine = FakeEngine::new(script(), LIMITS, 1000, clock.clone()).unwrap();
+    let mut meter = PowerMeter::of(Ok(Box::new(Cooling { clock: clock.clone(), since_ns: 0 })));
+    let mut stage = Stage {
+        engine: &mut engine,
+        clock,
+        witness: Witness::blind().metered(&mut meter),
+        stop: &AtomicBool::new(false),
+        device: "fake".to_owned(),
+        on_run: &mut |_, _| {},
+    };
+    measure(&mut stage, &DECODE, &Protocol { cool_to_c: Some(cool_to_c), ..ASSESSED })
+}
+
+#[test]
+fn a_device_cools_before_each_run_and_is_warmed_up_again() {
+    let cell = cooled_to(70.0);
+    assert_eq!(cell.outcome, Outcome::Measured);
+    for run in &cell.runs {
+        let cooldown = run.cooldown.value().unwrap();
+        assert!(cooldown.reached && cooldown.end_c <= 70.0 && cooldown.end_c > 69.0, "{cooldown:?}");
+        assert!(cooldown.duration_ns >= 9_000 * MS && cooldown.duration_ns <= 11_000 * MS, "{cooldown:?}");
+        assert!(cooldown.warmup.steps >= 8, "{cooldown:?}");
+        assert_eq!(run.output_token_sha256, cell.runs[0].output_token_sha256);
+    }
+    assert_eq!(cell.warmup.value(), cell.runs[0].cooldown.value().map(|cooldown| &cooldown.warmup));
+}
+
+#[test]
+fn a_device_that_stays_warm_is_waited_for_two_minutes_and_no_longer() {
+    let cell = cooled_to(30.0);
+    let cooldown = cell.runs[1].cooldown.value().unwrap();
+    assert!(!cooldown.reached && cooldown.end_c == 40.0, "{cooldown:?}");
+    assert!(cooldown.duration_ns.abs_diff(120_000 * MS) <= 500 * MS, "{cooldown:?}");
 }

@@ -135,7 +135,7 @@ impl Distance {
         Distance { anchor: anchor.to_owned(), figure, published, ours, difference_ratio }
     }
 
-    /// More than 4 times apart: look for a mistake, here or there.
+    /// More than `PLAUSIBLE_TIMES` apart: look for a mistake, here or there.
     pub fn is_implausible(&self) -> bool {
         let times = self.ours / self.published;
         !(1.0 / PLAUSIBLE_TIMES..=PLAUSIBLE_TIMES).contains(&times)

@@ -166,7 +166,7 @@ fn energy_hour(model: &CostModel, watts: &Maybe<f64>) -> Result<Decimal, String>
 
 /// What one device costs by the paid hour, energy aside:
 /// `(C (1 + s) − R) · CRF / (8760 n) + maintenance · C / (8760 n) + opex / n + colo · kW · 12 / (8760 n)`
-fn fixed_hour(model: &CostModel) -> Option<Decimal> {
+pub(super) fn fixed_hour(model: &CostModel) -> Option<Decimal> {
     match &model.mode {
         CostMode::Rental { price_per_gpu_hour, .. } => Some(price_per_gpu_hour.value()),
         CostMode::Owned {

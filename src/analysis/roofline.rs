@@ -156,11 +156,7 @@ struct PassBytes {
 impl PassBytes {
     fn of(record: &Record, workload: &Workload, work: &Work) -> Result<PassBytes, &'static str> {
         let weights = read_weights_bytes(record)?;
-        let kv_bytes = match record.engine.kv_dtype.as_str() {
-            "f32" => 4,
-            "bf16" | "f16" => 2,
-            _ => return Err("kv_dtype_unknown"),
-        };
+        let kv_bytes = kv_value_bytes(&record.engine.kv_dtype).ok_or("kv_dtype_unknown")?;
         let per_token = arch::kv_bytes_per_token(&record.model.config, kv_bytes) as f64;
         // Steps that each carry the whole batch; each reads all weights once and the keys and values of its contexts.
         let (batch, contexts) = match *workload {
@@ -197,8 +193,17 @@ impl Contexts {
     }
 }
 
+/// Bytes of one value of a key or value.
+pub(super) fn kv_value_bytes(kv_dtype: &str) -> Option<usize> {
+    match kv_dtype {
+        "f32" => Some(4),
+        "bf16" | "f16" => Some(2),
+        _ => None,
+    }
+}
+
 /// Bytes of weights that a step with the whole batch reads, as they lie on the device.
-fn read_weights_bytes(record: &Record) -> Result<f64, &'static str> {
+pub(super) fn read_weights_bytes(record: &Record) -> Result<f64, &'static str> {
     let (engine, config) = (&record.engine, &record.model.config);
     let all = engine.weights_bytes as f64;
     if config.tie_word_embeddings {

@@ -7,6 +7,7 @@ use super::anchors::{self, Distance};
 use super::cost::{self, CellCost, Work, cell_cost};
 use super::energy::{self, CellEnergy};
 use super::roofline::{self, Utilization};
+use super::throttle::throttled;
 use crate::record::{Cell, Latency, LatencyHistogram, Maybe, Outcome, Record, Run, Steady, Workload};
 
 /// Share of the cores that others may take before a window is flagged.
@@ -68,6 +69,16 @@ pub enum Flag {
     },
     /// The open loop's backlog grew: its latencies belong to the length of the window.
     Unsustainable,
+    /// So many of the cell's runs had no steady state, of these classes.
+    NotSteady {
+        runs: usize,
+        classes: Vec<Steady>,
+    },
+    /// Clocks were held down for this share of some window; the windows are kept.
+    Throttled {
+        share: Maybe<f64>,
+        causes: Vec<String>,
+    },
     /// Requests of the window that did not finish in time.
     Unfinished {
         requests: u64,
@@ -274,6 +285,8 @@ fn flags(cell: &Cell) -> Vec<Flag> {
     if cell.runs.iter().any(|run| run.steady == Steady::Unsustainable) {
         flags.push(Flag::Unsustainable);
     }
+    flags.extend(not_steady(cell));
+    flags.extend(throttled(cell));
     let drains = cell.runs.iter().filter_map(|run| run.drain.value());
     let requests = drains.fold(0u64, |sum, drain| sum.saturating_add(drain.unfinished));
     if requests > 0 {
@@ -294,6 +307,16 @@ fn above_ceiling(utilization: &Utilization) -> Option<Flag> {
     let Utilization { mbu_share, mfu_share } = utilization.clone();
     let is_above = |share: &Maybe<f64>| share.value().is_some_and(|share| roofline::is_impossible(*share));
     (is_above(&mbu_share) || is_above(&mfu_share)).then_some(Flag::AboveCeiling { mbu_share, mfu_share })
+}
+
+fn not_steady(cell: &Cell) -> Option<Flag> {
+    let restless =
+        |class: &Steady| matches!(class, Steady::Warmup | Steady::Slowdown | Steady::NoSteadyState);
+    let mut classes: Vec<Steady> = cell.runs.iter().map(|run| run.steady).filter(restless).collect();
+    let runs = classes.len();
+    classes.sort_by_key(|class| *class as u8);
+    classes.dedup();
+    (runs > 0).then_some(Flag::NotSteady { runs, classes })
 }
 
 /// The worst window, when it is above [`QUIET_SHARE`].

@@ -16,7 +16,7 @@ pub use cpu::{Cpu, CpuDType};
 pub use cuda::{Cuda, CudaDType, CudaOptions, Gemm};
 pub use reference::Reference;
 
-use crate::record::{Ceilings, CublasLt, Maybe};
+use crate::record::{Ceilings, CublasLt, KernelResources, Maybe};
 use crate::weights::HostTensor;
 use crate::weights::synthetic::Recipe;
 
@@ -146,6 +146,8 @@ pub struct KernelInfo {
     pub graphs: bool,
     pub dependent_launch: bool,
     pub deterministic: bool,
+    /// Kernel and what the driver gives it.
+    pub resources: Vec<(String, KernelResources)>,
 }
 
 /// Identifies a step that a backend may capture once and replay: same key, same sequence of operations and shapes.

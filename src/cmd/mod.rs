@@ -1,6 +1,7 @@
 //! One file per verb: its arguments, its help and its `run`. Results go to stdout, everything else to stderr; the exit
 //! code and the printing of errors are decided in [`execute`] alone.
 
+mod calibrate;
 mod check;
 mod compare;
 mod device;
@@ -9,6 +10,7 @@ mod interrupt;
 mod model;
 mod models;
 mod peaks;
+mod plan;
 mod price;
 mod progress;
 mod report;
@@ -40,7 +42,9 @@ pub const INTERRUPTED: u8 = 130;
                   tokmeter peaks                            what this device can do at most\n  \
                   tokmeter doctor                           what is here, what is missing, and the remedy\n  \
                   tokmeter report RECORD.json               a record as Markdown\n  \
-                  tokmeter compare --baseline A.json --candidate B.json    is B slower than A\n\n\
+                  tokmeter compare --baseline A.json --candidate B.json    is B slower than A\n  \
+                  tokmeter calibrate RECORD.json            laws of time and energy, with their errors\n  \
+                  tokmeter plan --site sites/NAME.toml      tokens, megawatts and money of a site\n\n\
                   Exit codes: 0 done, 1 something failed, 2 usage, 3 broken or foreign file, 130 interrupted; compare has\n\
                   its own, see tokmeter compare --help"
 )]
@@ -59,6 +63,8 @@ enum Verb {
     Models(models::Args),
     Validate(validate::Args),
     Report(report::Args),
+    Calibrate(calibrate::Args),
+    Plan(plan::Args),
 }
 
 /// The command line is wrong.
@@ -109,6 +115,8 @@ pub fn execute() -> u8 {
         Verb::Models(args) => models::run(args),
         Verb::Validate(args) => validate::run(args),
         Verb::Report(args) => report::run(args),
+        Verb::Calibrate(args) => calibrate::run(args),
+        Verb::Plan(args) => plan::run(args),
     };
     result.unwrap_or_else(|error| fail(&error))
 }

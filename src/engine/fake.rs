@@ -29,7 +29,14 @@ pub struct FakeScript {
     pub noise_rel: f64,
     /// Standard deviation of a factor drawn once for the engine's whole life.
     pub session_noise_rel: f64,
-    /// Seed of both; same script and requests, same durations.
+    /// The first step is slower by this share of its duration, and each later one by less, until after `cold_steps`
+    /// nothing is left: an engine that has to warm up.
+    pub cold_rel: f64,
+    pub cold_steps: u64,
+    /// Factor on every duration from step number `shift_at_step` on; 0 for never.
+    pub shift: f64,
+    pub shift_at_step: u64,
+    /// Seed of both noises; same script and requests, same durations.
     pub seed: u64,
     /// As [`crate::backend::Backend::STEPS_IN_FLIGHT`]: 1 reports each step one call late.
     pub steps_in_flight: usize,
@@ -46,6 +53,10 @@ impl Default for FakeScript {
             slowdown: 1.0,
             noise_rel: 0.0,
             session_noise_rel: 0.0,
+            cold_rel: 0.0,
+            cold_steps: 0,
+            shift: 1.0,
+            shift_at_step: 0,
             seed: 0,
             steps_in_flight: 0,
         }
@@ -54,10 +65,17 @@ impl Default for FakeScript {
 
 impl FakeScript {
     fn check(&self) -> anyhow::Result<()> {
-        let (slowdown, most) = (self.slowdown, 1 << 10);
+        let most = 1 << 10;
+        for (name, factor) in [("slowdown", self.slowdown), ("shift", self.shift)] {
+            ensure!(
+                factor.is_finite() && factor > 0.0,
+                "{name} of the fake engine is {factor}, expected a positive number"
+            );
+        }
+        let cold_rel = self.cold_rel;
         ensure!(
-            slowdown.is_finite() && slowdown > 0.0,
-            "slowdown of the fake engine is {slowdown}, expected a positive number"
+            (0.0..=1e3).contains(&cold_rel),
+            "cold_rel of the fake engine is {cold_rel}, expected 0 to 1000"
         );
         for (name, value) in [("noise_rel", self.noise_rel), ("session_noise_rel", self.session_noise_rel)] {
             ensure!((0.0..=1.0).contains(&value), "{name} of the fake engine is {value}, expected 0 to 1");
@@ -75,7 +93,14 @@ impl FakeScript {
             + self.per_context_token_ps as f64 * plan.context_tokens as f64 / 1000.0;
         let session = noise_factor(self.session_noise_rel, mix(self.seed, u64::MAX));
         let noise = noise_factor(self.noise_rel, mix(self.seed, step));
-        (cost_ns * self.slowdown * session * noise).round() as u64
+        (cost_ns * self.slowdown * self.stage_factor(step) * session * noise).round() as u64
+    }
+
+    /// How much longer a step takes for the time at which it comes.
+    fn stage_factor(&self, step: u64) -> f64 {
+        let left = self.cold_steps.saturating_sub(step) as f64 / self.cold_steps.max(1) as f64;
+        let shifted = self.shift_at_step > 0 && step >= self.shift_at_step;
+        (1.0 + self.cold_rel * left) * if shifted { self.shift } else { 1.0 }
     }
 }
 

@@ -6,18 +6,23 @@
 
 mod cpu;
 mod cpu_check;
+mod driver_load;
 pub(crate) mod files;
 mod gpu;
+mod gpu_watch;
 mod host;
 mod interference;
+mod kernel_log;
 mod limits;
 mod memory;
 mod share;
 mod software;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub use cpu_check::unsupported_cpu;
+pub use driver_load::{DriverLoad, driver_load};
+pub use gpu_watch::{GpuWatch, Readings};
 pub use interference::{observe, warning};
 pub use share::CpuSnapshot;
 
@@ -25,6 +30,8 @@ use std::path::{Path, PathBuf};
 
 use crate::backend::cuda::library;
 use crate::backend::peaks::HostMemory;
+use crate::meter::Absent;
+use crate::meter::nvml::Library;
 use crate::record::machine::Machine;
 
 /// Where the files that describe the machine are; tests point it at a tree of their own.
@@ -62,14 +69,24 @@ pub fn host_memory(roots: &Roots) -> HostMemory {
     }
 }
 
+/// Whether the kernel's log can be read: GPU faults and the driver's load stand in it.
+///
+/// # Errors
+/// Reason code.
+pub fn kernel_log_access(roots: &Roots) -> Result<(), files::Reason> {
+    kernel_log::KernelLog::read(roots).map(drop)
+}
+
 /// What the processor calls itself.
 pub fn cpu_name(roots: &Roots) -> String {
     cpu::collect(roots).model.into_value().unwrap_or_else(|| "unknown processor".to_owned())
 }
 
-/// Describes the machine and this program. Hashes the executable and asks the CUDA driver for its devices, without
-/// opening one; everything else is a few hundred small files.
-pub fn capture(roots: &Roots) -> Machine {
+/// Describes the machine and this program. Hashes the executable and asks the CUDA driver and NVML for their devices,
+/// without computing on one; everything else is a few hundred small files.
+pub fn capture(roots: &Roots, nvml: &Result<Library, Absent>) -> Machine {
+    let nvml = nvml.as_ref().map_err(|absent| absent.reason.clone());
+    let cuda_version = library::driver_version();
     Machine {
         host: host::collect(roots),
         cpu: cpu::collect(roots),
@@ -78,7 +95,7 @@ pub fn capture(roots: &Roots) -> Machine {
         load: host::load(roots),
         software: software::collect(roots),
         env: software::environment(|name| std::env::var_os(name)),
-        gpu_driver: gpu::driver(roots, library::driver_version()),
-        gpus: gpu::devices(library::devices().unwrap_or_default()),
+        gpu_driver: gpu::driver(roots, cuda_version, nvml.clone()),
+        gpus: gpu::devices(library::devices().unwrap_or_default(), nvml),
     }
 }

@@ -2,7 +2,13 @@
 
 use super::*;
 use crate::clock::Clock;
+use crate::meter::Absent;
 use crate::record::machine::Machine;
+
+/// The machine as it is without NVML.
+pub(crate) fn described(roots: &Roots) -> Machine {
+    capture(roots, &Err(Absent::new("no_nvml", "no NVML in tests")))
+}
 
 /// A directory with these files, each given by its path and text.
 pub(super) fn tree(files: &[(&str, &str)]) -> tempfile::TempDir {
@@ -21,7 +27,7 @@ fn round_trip(machine: &Machine) -> Machine {
 
 #[test]
 fn a_machine_without_any_file_is_described_by_reasons() {
-    let machine = capture(&Roots::under("/nonexistent"));
+    let machine = described(&Roots::under("/nonexistent"));
     assert_eq!(machine.host.hostname.reason(), Some("not_found"));
     assert_eq!(machine.cpu.logical_cpus.reason(), Some("not_found"));
     assert_eq!(machine.memory.total_bytes.reason(), Some("not_found"));
@@ -56,7 +62,7 @@ fn garbage_in_every_file_gives_reasons_and_no_panic() {
         ["\u{0}\u{1}::::\n:\n - , \n", "-1", "99999999999999999999999999 kB", "[", "0-", "(((", "é:é"]
     {
         let files: Vec<(&str, &str)> = files.iter().map(|file| (*file, garbage)).collect();
-        let machine = capture(&Roots::under(tree(&files).path()));
+        let machine = described(&Roots::under(tree(&files).path()));
         assert_eq!(machine.cpu.logical_cpus.value(), None, "{garbage}");
         assert_eq!(machine.memory.total_bytes.value(), None, "{garbage}");
         assert_eq!(machine.limits.cgroup_cpu_cores.value(), None, "{garbage}");
@@ -66,7 +72,7 @@ fn garbage_in_every_file_gives_reasons_and_no_panic() {
 
 #[test]
 fn this_machine_is_described() {
-    let machine = capture(&Roots::default());
+    let machine = described(&Roots::default());
     assert_eq!(round_trip(&machine), machine);
     let cpus = *machine.cpu.logical_cpus.value().unwrap();
     assert!(cpus >= *machine.cpu.physical_cores.value().unwrap());
@@ -86,7 +92,7 @@ fn a_capture_without_the_hash_takes_less_than_a_tenth_of_a_second() {
         .map(|_| {
             let begin_ns = clock.now_ns();
             let hash_free = (host::collect(&Roots::default()), cpu::collect(&Roots::default()));
-            std::hint::black_box((hash_free, limits::collect(&Roots::default()), capture(&roots)));
+            std::hint::black_box((hash_free, limits::collect(&Roots::default()), described(&roots)));
             clock.now_ns() - begin_ns
         })
         .min();

@@ -70,7 +70,7 @@ pub fn fresh(readings: &[CounterReading], age_ns: u64) -> Result<Vec<Update>, &'
 /// Two updates inside the window, as far apart and as sharp as can be had.
 ///
 /// # Errors
-/// `counter_stuck` when the counter stands still for [`STUCK_NS`] somewhere in the window, `too_few_updates` when less
+/// `counter_stuck` when the counter stands still for `STUCK_NS` somewhere in the window, `too_few_updates` when less
 /// than half of the window lies between two of them.
 pub fn edges(updates: &[Update], t0_ns: u64, t1_ns: u64) -> Result<(Update, Update), &'static str> {
     let inside: Vec<Update> =

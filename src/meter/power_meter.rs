@@ -5,9 +5,12 @@ use std::str::FromStr;
 
 use super::energy::{Measured, assess, mean_power};
 use super::nvml::{GpuId, Library};
-use super::{Absent, Conditions, Hwmon, PowerSensor, Rapl, SensorInfo, TraceFile, conditions};
+use super::{Absent, Conditions, Hwmon, PowerSensor, Rapl, Samples, SensorInfo, TraceFile, conditions};
 use crate::clock::Clock;
 use crate::record::{Energy, IdlePower, Maybe, Meter};
+
+/// Time that one look at the temperature takes.
+const TEMPERATURE_NS: u64 = 500_000_000;
 
 /// What `--power` asks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -137,11 +140,24 @@ impl PowerMeter {
             (Ok(_), None) => return (Maybe::missing("no_sensor"), Conditions::missing("no_sensor")),
         };
         let samples = sensor.collect(clock, (window.t0_ns, window.t1_ns));
-        let conditions = match samples.series.first() {
-            Some(series) if !series.states.is_empty() => conditions(&series.states),
-            _ => Conditions::missing("no_sensor"),
-        };
-        (assess(info, &samples, window).into(), conditions)
+        (assess(info, &samples, window).into(), conditions_in(&samples))
+    }
+
+    /// Clocks and temperature alone since [`PowerMeter::begin`].
+    pub fn conditions(&mut self, clock: &Clock, window_ns: (u64, u64)) -> Conditions {
+        match &mut self.sensor {
+            Ok(sensor) => conditions_in(&sensor.collect(clock, window_ns)),
+            Err(absent) => Conditions::missing(&absent.reason),
+        }
+    }
+
+    /// The device's temperature, watched for `TEMPERATURE_NS`.
+    pub fn temperature_c(&mut self, clock: &Clock) -> Maybe<f64> {
+        self.begin(clock);
+        let t0_ns = clock.now_ns();
+        clock.sleep_until_ns(t0_ns + TEMPERATURE_NS);
+        self.end();
+        self.conditions(clock, (t0_ns, clock.now_ns())).temperature.map(|shown| shown.end_c)
     }
 
     /// Watches the device while nothing uses it, before this program has touched it.
@@ -197,6 +213,14 @@ impl PowerMeter {
             idle_no_context: self.idle_no_context.clone(),
             idle_context_resident: self.idle_context_resident.clone(),
         }
+    }
+}
+
+/// Of the first device.
+fn conditions_in(samples: &Samples) -> Conditions {
+    match samples.series.first() {
+        Some(series) if !series.states.is_empty() => conditions(&series.states),
+        _ => Conditions::missing("no_sensor"),
     }
 }
 

@@ -3,6 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::environment::CellGpu;
 use super::machine::CpuShare;
 use super::{Latency, Maybe};
 
@@ -79,6 +80,9 @@ pub struct Cell {
     pub devices: Vec<String>,
     pub outcome: Outcome,
     pub warmup: Maybe<Warmup>,
+    /// The GPUs before, after the warm-up, and after the cell.
+    #[serde(default = "Maybe::<Vec<CellGpu>>::not_recorded", skip_serializing_if = "Maybe::is_not_recorded")]
+    pub gpus: Maybe<Vec<CellGpu>>,
     pub runs: Vec<Run>,
 }
 
@@ -91,6 +95,7 @@ impl Cell {
             devices: vec![device],
             outcome: Outcome::Skipped { why },
             warmup: Maybe::missing("skipped"),
+            gpus: Maybe::missing("skipped"),
             runs: Vec::new(),
         }
     }
@@ -120,6 +125,21 @@ pub struct Warmup {
     pub duration_ns: u64,
     pub steps: u64,
     pub requests: u64,
+    /// Why it ended.
+    #[serde(default = "Maybe::<WarmupEnd>::not_recorded", skip_serializing_if = "Maybe::is_not_recorded")]
+    pub ended: Maybe<WarmupEnd>,
+}
+
+/// What ended a warm-up or a ramp.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum WarmupEnd {
+    /// The asked time and amount of work were done; flatness was not asked for.
+    Fixed,
+    /// Times, clocks and temperature were flat.
+    Flat,
+    /// The longest time was over before that.
+    Bound,
 }
 
 /// One repetition. Times are nanoseconds of the run's own monotonic clock.
@@ -136,6 +156,9 @@ pub struct Run {
     /// Requests that arrived in a window. A decode cell has a row per sequence and pass.
     pub requests: Vec<RequestRow>,
     pub drain: Maybe<Drain>,
+    /// How the device cooled before the run.
+    #[serde(default = "Maybe::<Cooldown>::not_recorded", skip_serializing_if = "Maybe::is_not_recorded")]
+    pub cooldown: Maybe<Cooldown>,
     pub steady: Steady,
     pub checks: Vec<Check>,
     /// SHA-256 over the output token ids (little-endian u32, request by request) of the first measured pass.
@@ -278,11 +301,42 @@ pub struct Drain {
     pub unfinished: u64,
 }
 
+/// A pause in which the device cooled, and the warm-up that followed it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Cooldown {
+    pub duration_ns: u64,
+    /// Temperature at its end.
+    pub end_c: f64,
+    /// The device came to the temperature it was to cool to before the longest time was over.
+    pub reached: bool,
+    pub warmup: Warmup,
+}
+
+/// What lies between two runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Thermal {
+    /// Nothing: the device stays hot.
+    Hot,
+    /// A pause until the device is nearly as cool as before the first cell, and a warm-up.
+    Cooldown,
+}
+
 /// Whether the windows showed a steady state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Steady {
+    /// Not asked for, an open loop, or too few pieces of work.
     NotAssessed,
+    /// No change that matters was found.
+    Steady,
+    /// The work became faster within the window.
+    Warmup,
+    /// The work became slower within the window.
+    Slowdown,
+    /// The speed came and went.
+    NoSteadyState,
     /// Open loop only: the backlog grew, so the latencies belong to the length of the window, not to the engine.
     Unsustainable,
 }

@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::environment::{GpuSetup, MappedDriver};
 use super::maybe::Maybe;
 
 /// Above this share of all cores' time, other processes count as a disturbance.
@@ -188,9 +189,18 @@ pub struct GpuDriver {
     pub kernel_module: Maybe<String>,
     /// Newest CUDA version that the driver library supports, such as `13.0`.
     pub cuda_version: Maybe<String>,
+    /// Release branch, such as `r580_00`.
+    #[serde(default = "Maybe::<String>::not_recorded", skip_serializing_if = "Maybe::is_not_recorded")]
+    pub branch: Maybe<String>,
+    /// Version of the management library.
+    #[serde(default = "Maybe::<String>::not_recorded", skip_serializing_if = "Maybe::is_not_recorded")]
+    pub nvml_version: Maybe<String>,
+    /// The `libcuda` that this process uses.
+    #[serde(default = "Maybe::<MappedDriver>::not_recorded", skip_serializing_if = "Maybe::is_not_recorded")]
+    pub library: Maybe<MappedDriver>,
 }
 
-/// One GPU, as far as it is known without opening it.
+/// One GPU, as far as it is known without computing on it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Gpu {
@@ -201,6 +211,9 @@ pub struct Gpu {
     pub memory_bytes: Maybe<u64>,
     /// Such as `9.0`.
     pub compute_capability: Maybe<String>,
+    /// How it is set up, as NVML shows it.
+    #[serde(default = "Maybe::<GpuSetup>::not_recorded", skip_serializing_if = "Maybe::is_not_recorded")]
+    pub setup: Maybe<GpuSetup>,
 }
 
 /// Where the CPU's time went between two instants. Counted by the kernel in ticks; inside a container the counters are

@@ -6,7 +6,9 @@ mod ceilings;
 mod cell;
 mod cost;
 mod cublaslt;
+pub mod environment;
 mod histogram;
+mod hold_out;
 pub mod identities;
 pub mod machine;
 mod maybe;
@@ -23,12 +25,13 @@ use machine::{Interference, Machine};
 
 pub use ceilings::{Ceiling, Ceilings};
 pub use cell::{
-    Cell, Check, ClockEvents, Clocks, DeviceEnergy, Drain, Energy, Outcome, RequestRow, Run, Steady,
-    Temperature, Warmup, Window, WindowEnd, Workload,
+    Cell, Check, ClockEvents, Clocks, Cooldown, DeviceEnergy, Drain, Energy, Outcome, RequestRow, Run,
+    Steady, Temperature, Thermal, Warmup, WarmupEnd, Window, WindowEnd, Workload,
 };
 pub use cost::{Amount, Converted, CostMode, CostModel, Currency, EnergyPrice, ExchangeRate, Usage};
 pub use cublaslt::{Chosen, CublasLt, TunedProduct};
 pub use histogram::{Latency, LatencyHistogram, merge as merge_histograms};
+pub use hold_out::{HoldOut, hold_out};
 pub use maybe::{Maybe, Missing};
 pub use redact::{hashed_identity, redacted};
 pub use store::{ReadError, Store, check_place, parse, read, write_atomically};
@@ -116,8 +119,19 @@ pub struct Command {
     pub min_seconds: f64,
     /// Longest time that one run of a serving cell may take, drain included, seconds.
     pub max_seconds: f64,
+    /// Warm-up of each cell and ramp of each serving run, seconds; the tenfold at most where steadiness is assessed.
+    #[serde(default = "Maybe::<f64>::not_recorded", skip_serializing_if = "Maybe::is_not_recorded")]
+    pub warmup_seconds: Maybe<f64>,
+    /// The warm-up waits until times are flat, and each run's steadiness is assessed.
+    #[serde(default = "Maybe::<bool>::not_recorded", skip_serializing_if = "Maybe::is_not_recorded")]
+    pub steady: Maybe<bool>,
+    #[serde(default = "Maybe::<Thermal>::not_recorded", skip_serializing_if = "Maybe::is_not_recorded")]
+    pub thermal: Maybe<Thermal>,
     /// Keys of all cells that were planned, measured or not, in order.
     pub planned_cells: Vec<String>,
+    /// Which of them a calibration does not learn from, fixed before anything was measured.
+    #[serde(default = "hold_out::not_recorded", skip_serializing_if = "Maybe::is_not_recorded")]
+    pub hold_out: Maybe<HoldOut>,
 }
 
 /// One boot and one driver load: the unit that `compare` counts.
@@ -128,6 +142,9 @@ pub struct Session {
     pub boot_id: Maybe<String>,
     /// When the GPU driver was loaded, RFC 3339, UTC.
     pub driver_loaded_at: Maybe<String>,
+    /// What tells that time: `kernel_log`, `module_folder` (the earliest look at it, so not before) or `boot`.
+    #[serde(default = "Maybe::<String>::not_recorded", skip_serializing_if = "Maybe::is_not_recorded")]
+    pub driver_loaded_by: Maybe<String>,
     /// Declared by the user (`--session`).
     pub label: Maybe<String>,
 }
@@ -231,6 +248,30 @@ pub struct Kernels {
     pub dependent_launch: bool,
     /// The same output bits whatever else is in the batch (`--deterministic`).
     pub deterministic: bool,
+    /// Kernel → what the driver gives it on this device.
+    #[serde(
+        default = "Maybe::<BTreeMap<String, KernelResources>>::not_recorded",
+        skip_serializing_if = "Maybe::is_not_recorded"
+    )]
+    pub resources: Maybe<BTreeMap<String, KernelResources>>,
+}
+
+/// What one kernel takes, as the driver reports it. More local bytes after an update are registers that no longer fit.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct KernelResources {
+    /// For each thread.
+    pub registers: Maybe<u32>,
+    /// For each block, without what a launch asks for.
+    pub static_shared_bytes: Maybe<u32>,
+    /// For each thread: registers that did not fit, and arrays.
+    pub local_bytes: Maybe<u32>,
+    /// Threads that a block may have at most.
+    pub max_block_threads: Maybe<u32>,
+    /// Architecture of the machine code, such as 90.
+    pub binary_version: Maybe<u32>,
+    /// Architecture of the intermediate code that it was made from.
+    pub ptx_version: Maybe<u32>,
 }
 
 /// A known text under teacher forcing: the measured device's log-probabilities against the CPU's in f32.

@@ -3,13 +3,14 @@
 
 use sha2::{Digest as _, Sha256};
 
-use super::{Maybe, Record, hex};
+use super::{Cell, Maybe, Record, hex};
 
 const REASON: &str = "redacted";
 /// Hexadecimal digits kept of a hashed identity: 128 bits.
 const IDENTITY_DIGITS: usize = 32;
 
-/// `record` without host name, kernel command line, command line arguments and paths; boot ids and device UUIDs
+/// `record` without host name, kernel command line, command line arguments, serial numbers, names of programs and
+/// paths; boot ids and device UUIDs
 /// hashed, so that the same machine or boot still gives the same text. Doing it twice changes nothing more.
 pub fn redacted(record: &Record) -> Record {
     let mut copy = record.clone();
@@ -20,7 +21,14 @@ pub fn redacted(record: &Record) -> Record {
     copy.session.boot_id = hashed_identity(&copy.session.boot_id);
     for gpu in &mut copy.machine.gpus {
         gpu.uuid = hashed_identity(&gpu.uuid);
+        if let Maybe::Value(setup) = &mut gpu.setup {
+            hide(&mut setup.serial);
+        }
     }
+    if let Maybe::Value(library) = &mut copy.machine.gpu_driver.library {
+        REASON.clone_into(&mut library.path);
+    }
+    copy.cells.iter_mut().for_each(hide_processes);
     // Names of other people's programs are theirs.
     copy.interference.busiest.clear();
     copy.command.argv = vec![REASON.to_owned()];
@@ -29,6 +37,25 @@ pub fn redacted(record: &Record) -> Record {
         REASON.clone_into(value);
     });
     copy
+}
+
+/// How many there were is kept, and which is this program.
+fn hide_processes(cell: &mut Cell) {
+    let Maybe::Value(gpus) = &mut cell.gpus else { return };
+    for gpu in gpus {
+        let warm = match &mut gpu.warm {
+            Maybe::Value(warm) => Some(warm),
+            Maybe::Missing(_) => None,
+        };
+        for reading in [&mut gpu.before, &mut gpu.after].into_iter().chain(warm) {
+            if let Maybe::Value(processes) = &mut reading.processes {
+                for process in processes {
+                    hide(&mut process.name);
+                    process.pid = 0;
+                }
+            }
+        }
+    }
 }
 
 /// What stood there is gone; that nothing stood there is kept.

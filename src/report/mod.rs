@@ -1,22 +1,26 @@
 //! Summaries as people and programs read them. Computes nothing: what is printed stands in [`crate::analysis`].
 
+mod calibration;
 mod comparison;
 mod data;
 mod html;
 mod markdown;
+mod plan;
 mod table;
 mod words;
 
+pub use calibration::{calibration, groups};
 pub use comparison::{comparison_json, comparison_markdown, comparison_table};
 pub use data::{csv, json, jsonl};
 pub use html::page;
 pub use markdown::{document, section};
+pub use plan::{findings, plan};
 pub use table::table;
 
 use std::collections::BTreeSet;
 
 use crate::analysis::{CellSummary, Distance, Figure, Flag, Quantiles, Summary, TokenKind};
-use crate::record::Maybe;
+use crate::record::{Maybe, Steady};
 use crate::units::{format_ns, format_significant};
 
 /// Stands where a number could not be had; the line under the table says why.
@@ -186,6 +190,28 @@ fn percent_difference(distance: &Distance) -> String {
     format!("{percent}{doubt}")
 }
 
+fn class_in_words(class: Steady) -> &'static str {
+    match class {
+        Steady::Warmup => "still warming up, the window ends faster than it began",
+        Steady::Slowdown => "slowing down, the window ends slower than it began",
+        Steady::NoSteadyState => "the speed came and went",
+        Steady::NotAssessed => "not assessed",
+        Steady::Steady => "steady",
+        Steady::Unsustainable => "unsustainable",
+    }
+}
+
+fn cause_in_words(cause: &str) -> &str {
+    match cause {
+        "power_cap" => "the power limit",
+        "heat" => "heat",
+        "heat_hardware" => "heat (the hardware's own limit)",
+        "hardware_slowdown" => "the hardware",
+        "power_brake" => "the power supply's brake",
+        other => other,
+    }
+}
+
 fn describe(flag: &Flag) -> String {
     match flag {
         Flag::Failed { error } => format!("failed: {error}"),
@@ -197,6 +223,18 @@ fn describe(flag: &Flag) -> String {
             steal_share * 100.0
         ),
         Flag::Unsustainable => "unsustainable: requests arrived faster than they were served".to_owned(),
+        Flag::NotSteady { runs, classes } => {
+            let words: Vec<&str> = classes.iter().map(|class| class_in_words(*class)).collect();
+            let runs = if *runs == 1 { "1 run".to_owned() } else { format!("{runs} runs") };
+            format!("not steady in {runs}: {}", words.join("; "))
+        }
+        Flag::Throttled { share, causes } => {
+            let causes: Vec<&str> = causes.iter().map(|cause| cause_in_words(cause)).collect();
+            let share = share
+                .value()
+                .map_or(String::new(), |share| format!(" for up to {:.0} % of a window", share * 100.0));
+            format!("throttled: clocks were held down{share} by {}", causes.join(", "))
+        }
         Flag::Unfinished { requests } => format!("{requests} requests were not finished within the drain"),
         Flag::AboveCeiling { mbu_share, mfu_share } => format!(
             "above the device's own ceiling (MBU {}, MFU {}): the ceiling or the count is wrong",

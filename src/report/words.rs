@@ -62,6 +62,7 @@ pub fn reason_in_words(code: &str) -> String {
             "a prompt took several steps, which does not say what each of them read"
         }
         "embedding_bytes_unknown" => "the size of the quantised embedding is unknown",
+        "hot" => "no pause for cooling was asked for (--thermal)",
         "not_asked" => "it was not asked for (--power, --idle-seconds)",
         "driver_not_loaded" => "NVML is there, but the driver's module is not loaded",
         "driver_library_mismatch" => "NVML and the driver's module are of different versions",

@@ -2,10 +2,13 @@
 //! (which all its tokens share) and an append to a list; everything else is computed from that list afterwards.
 //! Knows requests and clocks; knows no model, no file and no statistics.
 
+mod cooldown;
 mod serve;
 mod stationary;
+mod steady;
 mod summary;
 mod trace;
+mod warmup;
 mod witness;
 
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,8 +16,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use crate::clock::{Clock, rfc3339_utc};
 use crate::engine::{Engine, StepOutput};
 use crate::meter::{Measured, Piece};
-use crate::record::{Cell, Maybe, Outcome, Run, Warmup, Workload};
+use crate::record::{Cell, Cooldown, Maybe, Outcome, Run, Warmup, WarmupEnd, Workload};
 
+use cooldown::Cooled;
 use trace::Trace;
 pub use witness::Witness;
 
@@ -29,6 +33,10 @@ pub struct Protocol {
     pub max_window_ns: u64,
     /// Shortest warm-up, ns; at least one whole pass is warmed up whatever this says.
     pub warmup_ns: u64,
+    /// The warm-up goes on until times are flat, ten times `warmup_ns` at most, and each run is assessed.
+    pub steady: bool,
+    /// Before each run the device cools to this temperature, °C, and is warmed up again.
+    pub cool_to_c: Option<f64>,
     /// Seed of prompts and arrivals.
     pub seed: u64,
 }
@@ -67,6 +75,7 @@ pub fn measure(stage: &mut Stage<'_>, workload: &Workload, protocol: &Protocol) 
         devices: vec![stage.device.clone()],
         outcome: Outcome::Measured,
         warmup: Maybe::missing("not_reached"),
+        gpus: Maybe::missing("no_gpu_in_use"),
         runs: Vec::new(),
     };
     let measured = measure_runs(stage, workload, protocol, &mut cell);
@@ -86,12 +95,18 @@ fn measure_runs(
     cell: &mut Cell,
 ) -> Result<(), Halt> {
     let mut trace = Trace::default();
-    let warmup = match workload.static_batch() {
-        Some(_) => stationary::warm_up(stage, workload, protocol, &mut trace)?,
-        None => serve::warm_up(stage, workload, protocol, &mut trace)?,
-    };
-    cell.warmup = Maybe::Value(warmup);
     for index in 0..protocol.repeat {
+        let cooled = protocol.cool_to_c.map(|cool_to_c| cooldown::cool_down(stage, cool_to_c)).transpose()?;
+        let mut cooldown = Maybe::missing("hot");
+        if index == 0 || cooled.is_some() {
+            let warmup = warm_up(stage, workload, protocol, &mut trace)?;
+            if index == 0 {
+                cell.warmup = Maybe::Value(warmup.clone());
+            }
+            if let Some(Cooled { duration_ns, end_c, reached }) = cooled {
+                cooldown = Maybe::Value(Cooldown { duration_ns, end_c, reached, warmup });
+            }
+        }
         (stage.on_run)(index, protocol.repeat);
         trace.clear();
         let started_at = rfc3339_utc(stage.clock.unix_ns());
@@ -99,9 +114,24 @@ fn measure_runs(
             Some(_) => stationary::run(stage, workload, protocol, index, &mut trace)?,
             None => serve::run(stage, workload, protocol, index, &mut trace)?,
         };
-        cell.runs.push(Run { index, started_at, ..run });
+        cell.runs.push(Run { index, started_at, cooldown, ..run });
     }
     Ok(())
+}
+
+/// On an empty engine.
+fn warm_up(
+    stage: &mut Stage<'_>,
+    workload: &Workload,
+    protocol: &Protocol,
+    trace: &mut Trace,
+) -> Result<Warmup, Halt> {
+    stage.engine.reset()?;
+    trace.clear();
+    match workload.static_batch() {
+        Some(_) => stationary::warm_up(stage, workload, protocol, trace),
+        None => serve::warm_up(stage, workload, protocol, trace),
+    }
 }
 
 impl Stage<'_> {
@@ -157,6 +187,6 @@ impl Stage<'_> {
     }
 }
 
-fn warmup_of(trace: &Trace, duration_ns: u64, requests: u64) -> Warmup {
-    Warmup { duration_ns, steps: trace.steps.len() as u64, requests }
+fn warmup_of(trace: &Trace, duration_ns: u64, requests: u64, ended: WarmupEnd) -> Warmup {
+    Warmup { duration_ns, steps: trace.steps.len() as u64, requests, ended: Maybe::Value(ended) }
 }

@@ -3,10 +3,11 @@
 //! hide its own queue. Load goes on unchanged while the window's requests are finished.
 
 use super::summary::{self, Measured, Submission};
-use super::trace::{Trace, arrives_inside};
-use super::{Halt, Protocol, Stage, warmup_of};
+use super::trace::{Trace, arrives_inside, inside};
+use super::warmup::{self, Stretch};
+use super::{Halt, Protocol, Stage, steady, warmup_of};
 use crate::engine::{Request, StepOutput};
-use crate::record::{Drain, Maybe, Run, Warmup, Workload};
+use crate::record::{Drain, Maybe, Run, Warmup, WarmupEnd, Workload};
 use crate::workload::{self, PoissonArrivals};
 
 /// Seed distance between the arrivals of two runs.
@@ -28,7 +29,8 @@ struct Load<'a> {
     finished: u64,
 }
 
-/// Runs the load until as many requests have finished as can be in flight, then empties the engine.
+/// Runs the load until as many requests have finished as can be in flight, and on until a closed loop is flat where
+/// that is asked for; then empties the engine. An open loop's pace is that of its arrivals, which is never flat.
 pub(super) fn warm_up(
     stage: &mut Stage<'_>,
     workload: &Workload,
@@ -38,9 +40,14 @@ pub(super) fn warm_up(
     let mut output = StepOutput::default();
     let begin_ns = stage.clock.now_ns();
     let mut load = Load::new(stage, workload, protocol, u64::MAX);
-    load.ramp(stage, protocol, &mut output, trace)?;
+    let mut ended = load.ramp(stage, protocol, &mut output, trace)?;
+    if protocol.steady && load.is_closed() {
+        ended = warmup::until_flat(stage, protocol, begin_ns, |stage, stretch| {
+            load.stretch(stage, stretch, &mut output, trace)
+        })?;
+    }
     stage.finish_all(&mut output, trace)?;
-    Ok(warmup_of(trace, stage.clock.now_ns() - begin_ns, load.submissions.len() as u64))
+    Ok(warmup_of(trace, stage.clock.now_ns() - begin_ns, load.submissions.len() as u64, ended))
 }
 
 /// One run: ramp, window, drain.
@@ -55,8 +62,8 @@ pub(super) fn run(
     stage.shift_phase(protocol, index);
     let mut load = Load::new(stage, workload, protocol, u64::from(index));
     let begin_ns = stage.clock.now_ns();
-    load.ramp(stage, protocol, &mut output, trace)?;
-    let ramp = warmup_of(trace, stage.clock.now_ns() - begin_ns, load.submissions.len() as u64);
+    let ended = load.ramp(stage, protocol, &mut output, trace)?;
+    let ramp = warmup_of(trace, stage.clock.now_ns() - begin_ns, load.submissions.len() as u64, ended);
 
     stage.witness.window_opens(&stage.clock);
     let t0_ns = stage.clock.now_ns();
@@ -67,7 +74,10 @@ pub(super) fn run(
     let unfinished = load.drain(stage, protocol, (t0_ns, t1_ns), &mut output, trace)?;
     let drain = Drain { duration_ns: stage.clock.now_ns() - t1_ns, unfinished };
     let measured = Measured { t0_ns, t1_ns, cpu };
-    let run = summary::of_serving(workload, trace, &load.submissions, measured, drain.unfinished);
+    let mut run = summary::of_serving(workload, trace, &load.submissions, measured, drain.unfinished);
+    if protocol.steady && load.is_closed() {
+        run.steady = steady::class_of(&times_between_finished_ns(trace, t0_ns, t1_ns));
+    }
     stage.engine.reset()?;
     let run = stage.with_power(run, &summary::pieces_of_steps(trace));
     Ok(Run { ramp: Maybe::Value(ramp), drain: Maybe::Value(drain), ..run })
@@ -95,24 +105,50 @@ impl<'a> Load<'a> {
         }
     }
 
-    /// Load until the engine is as full as it will be.
+    fn is_closed(&self) -> bool {
+        matches!(self.source, Source::Closed { .. })
+    }
+
+    /// Load until the engine is as full as it will be: as many requests have finished as are in flight. Of an open
+    /// loop that is too fast for the engine, as many as run at once; the others wait, more and more of them.
     fn ramp(
         &mut self,
         stage: &mut Stage<'_>,
         protocol: &Protocol,
         output: &mut StepOutput,
         trace: &mut Trace,
-    ) -> Result<(), Halt> {
+    ) -> Result<WarmupEnd, Halt> {
         let begin_ns = stage.clock.now_ns();
-        let full = match self.source {
-            Source::Closed { concurrency } => u64::from(concurrency),
-            Source::Open { .. } => 1,
-        };
+        let most_at_once = stage.engine.info().limits.max_batch;
         loop {
             let elapsed_ns = stage.clock.now_ns() - begin_ns;
-            let warm = self.finished >= full && elapsed_ns >= protocol.warmup_ns;
-            if warm || elapsed_ns >= protocol.max_window_ns {
-                return Ok(());
+            let full = match self.source {
+                Source::Closed { concurrency } => concurrency as usize,
+                Source::Open { .. } => stage.engine.unfinished().min(most_at_once).max(1),
+            };
+            if self.finished >= full as u64 && elapsed_ns >= protocol.warmup_ns {
+                return Ok(WarmupEnd::Fixed);
+            }
+            if elapsed_ns >= protocol.max_window_ns {
+                return Ok(WarmupEnd::Bound);
+            }
+            self.turn(stage, output, trace)?;
+        }
+    }
+
+    /// Load for one stretch of a warm-up: the times from one finished request to the next.
+    fn stretch(
+        &mut self,
+        stage: &mut Stage<'_>,
+        stretch: &Stretch,
+        output: &mut StepOutput,
+        trace: &mut Trace,
+    ) -> Result<Vec<u64>, Halt> {
+        let (begin_ns, before) = (stage.clock.now_ns(), self.finished);
+        loop {
+            let now_ns = stage.clock.now_ns();
+            if stretch.is_over(now_ns, (self.finished - before).saturating_sub(1) as usize) {
+                return Ok(times_between_finished_ns(trace, begin_ns, now_ns));
             }
             self.turn(stage, output, trace)?;
         }
@@ -222,6 +258,16 @@ impl<'a> Load<'a> {
         }
         request
     }
+}
+
+/// From each request that finished in (`t0_ns`, `t1_ns`] to the next.
+fn times_between_finished_ns(trace: &Trace, t0_ns: u64, t1_ns: u64) -> Vec<u64> {
+    let ends: Vec<u64> = trace
+        .stamped_events()
+        .filter(|(at_ns, event)| event.last && inside(*at_ns, t0_ns, t1_ns))
+        .map(|(at_ns, _)| at_ns)
+        .collect();
+    ends.windows(2).map(|pair| pair[1] - pair[0]).collect()
 }
 
 fn concurrency(workload: &Workload) -> u32 {

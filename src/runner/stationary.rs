@@ -3,12 +3,14 @@
 
 use super::summary::{self, Measured, Pass};
 use super::trace::Trace;
-use super::{Halt, Protocol, Stage, warmup_of};
+use super::warmup::{self, Stretch};
+use super::{Halt, Protocol, Stage, steady, warmup_of};
 use crate::engine::{Request, StepOutput};
-use crate::record::{Run, Warmup, Workload};
+use crate::meter::Piece;
+use crate::record::{Run, Warmup, WarmupEnd, Workload};
 use crate::workload;
 
-/// Runs whole passes until the warm-up time is over, one at least. Leaves a decode cell's sequences in the engine.
+/// Runs whole passes, one at least, until the warm-up time is over or until they are flat. Leaves a decode cell's sequences in the engine.
 pub(super) fn warm_up(
     stage: &mut Stage<'_>,
     workload: &Workload,
@@ -18,13 +20,29 @@ pub(super) fn warm_up(
     let requests = requests(stage, workload, protocol);
     let mut output = StepOutput::default();
     let begin_ns = stage.clock.now_ns();
-    let mut passes = 0;
-    while passes == 0 || stage.clock.now_ns() - begin_ns < protocol.warmup_ns {
-        begin_pass(stage, &requests, passes == 0)?;
-        stage.finish_all(&mut output, trace)?;
-        passes += 1;
-    }
-    Ok(warmup_of(trace, stage.clock.now_ns() - begin_ns, passes * requests.len() as u64))
+    begin_pass(stage, &requests, true)?;
+    stage.finish_all(&mut output, trace)?;
+    let mut passes = 1;
+    let mut work = |stage: &mut Stage<'_>, stretch: &Stretch| {
+        let mut times_ns = Vec::new();
+        let mut pass_ns = stage.clock.now_ns();
+        while !stretch.is_over(pass_ns, times_ns.len()) {
+            begin_pass(stage, &requests, false)?;
+            stage.finish_all(&mut output, trace)?;
+            let now_ns = stage.clock.now_ns();
+            times_ns.push(now_ns - pass_ns);
+            pass_ns = now_ns;
+        }
+        passes += times_ns.len() as u64;
+        Ok(times_ns)
+    };
+    let ended = if protocol.steady {
+        warmup::until_flat(stage, protocol, begin_ns, work)?
+    } else {
+        work(stage, &Stretch::fixed(begin_ns + protocol.warmup_ns))?;
+        WarmupEnd::Fixed
+    };
+    Ok(warmup_of(trace, stage.clock.now_ns() - begin_ns, passes * requests.len() as u64, ended))
 }
 
 /// One window of whole passes.
@@ -57,7 +75,12 @@ pub(super) fn run(
     let t1_ns = trace.steps.last().map_or(t0_ns, |step| step.visible_ns);
     let pieces = summary::pieces_of_passes(workload, &passes, t1_ns);
     let run = summary::of_passes(workload, trace, &passes, Measured { t0_ns, t1_ns, cpu });
+    let run = if protocol.steady { Run { steady: steady::class_of(&times_ns(&pieces)), ..run } } else { run };
     Ok(stage.with_power(run, &pieces))
+}
+
+fn times_ns(pieces: &[Piece]) -> Vec<u64> {
+    pieces.iter().map(|piece| piece.end_ns - piece.begin_ns).collect()
 }
 
 fn requests(stage: &Stage<'_>, workload: &Workload, protocol: &Protocol) -> Vec<Request> {

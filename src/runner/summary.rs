@@ -163,6 +163,7 @@ fn blank(window: Window, latency: Latency, checks: Vec<Check>) -> Run {
         latency,
         requests: Vec::new(),
         drain: Maybe::missing("static_workload"),
+        cooldown: Maybe::missing("hot"),
         steady: Steady::NotAssessed,
         checks,
         output_token_sha256: Maybe::missing("not_computed"),

@@ -43,6 +43,24 @@ impl<'a> Witness<'a> {
         self.opened = self.roots.as_ref().map(CpuSnapshot::take);
     }
 
+    /// A stretch of warm-up begins, of which only the device's conditions matter.
+    pub(crate) fn watch(&mut self, clock: &Clock) {
+        if let Some(power) = &mut self.power {
+            power.begin(clock);
+        }
+    }
+
+    /// The conditions since [`Witness::watch`]; ends the watch.
+    pub(crate) fn conditions(&mut self, clock: &Clock, window_ns: (u64, u64)) -> Conditions {
+        let Some(power) = &mut self.power else { return Conditions::missing("no_sensor") };
+        power.end();
+        power.conditions(clock, window_ns)
+    }
+
+    pub(crate) fn temperature_c(&mut self, clock: &Clock) -> Maybe<f64> {
+        self.power.as_mut().map_or_else(|| Maybe::missing("no_sensor"), |power| power.temperature_c(clock))
+    }
+
     /// Returns at once: in a serving cell the load goes on.
     pub(crate) fn window_closes(&mut self) -> Maybe<CpuShare> {
         if let Some(power) = &mut self.power {

@@ -4,12 +4,13 @@ use std::path::Path;
 
 use anyhow::{Context as _, bail};
 use serde::Deserialize;
+use sha2::Digest as _;
 
 use crate::record::Workload;
 use crate::workload::parse_numbers;
 
 /// Suites in the binary: name and text.
-const BUILT_IN: [(&str, &str); 7] = [
+const BUILT_IN: [(&str, &str); 9] = [
     ("quick", include_str!("../../suites/quick.toml")),
     ("gpu-quick", include_str!("../../suites/gpu-quick.toml")),
     ("standard", include_str!("../../suites/standard.toml")),
@@ -17,6 +18,8 @@ const BUILT_IN: [(&str, &str); 7] = [
     ("decode", include_str!("../../suites/decode.toml")),
     ("prefill", include_str!("../../suites/prefill.toml")),
     ("driver", include_str!("../../suites/driver.toml")),
+    ("calibration", include_str!("../../suites/calibration.toml")),
+    ("calibration-small", include_str!("../../suites/calibration-small.toml")),
 ];
 
 /// The suite of a bare `run` on a CPU.
@@ -38,6 +41,8 @@ pub struct Suite {
     pub repeat: u32,
     pub min_seconds: f64,
     pub warmup_seconds: f64,
+    /// Warm up until times are flat, and assess each run.
+    pub steady: bool,
     pub cells: Vec<Workload>,
 }
 
@@ -50,7 +55,22 @@ struct SuiteFile {
     repeat: u32,
     min_seconds: f64,
     warmup_seconds: f64,
+    #[serde(default)]
+    steady: bool,
+    /// Measure the cells in an order that has nothing to do with their sizes.
+    #[serde(default)]
+    shuffled: bool,
+    /// A cell to come back to.
+    anchor: Option<Anchor>,
     cells: Vec<CellLine>,
+}
+
+/// One cell that is measured again after every `every` others, so that drift shows.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Anchor {
+    every: usize,
+    cell: CellLine,
 }
 
 fn default_repeat() -> u32 {
@@ -151,14 +171,38 @@ pub fn parse(text: &str) -> anyhow::Result<Suite> {
     if cells.is_empty() {
         bail!("has no cells, expected at least one [[cells]]");
     }
+    if file.shuffled {
+        cells.sort_by_cached_key(shuffling_hash);
+    }
+    if let Some(anchor) = &file.anchor {
+        cells = with_anchor(cells, anchor).context("anchor")?;
+    }
     Ok(Suite {
         name: file.name,
         description: file.description,
         repeat: file.repeat,
         min_seconds: file.min_seconds,
         warmup_seconds: file.warmup_seconds,
+        steady: file.steady,
         cells,
     })
+}
+
+/// A place in the order that neither size nor seed decides.
+fn shuffling_hash(cell: &Workload) -> [u8; 32] {
+    sha2::Sha256::digest(format!("tokmeter-order/1\n{}", cell.key())).into()
+}
+
+/// The anchor first, last, and after every `every` cells between.
+fn with_anchor(cells: Vec<Workload>, anchor: &Anchor) -> anyhow::Result<Vec<Workload>> {
+    if anchor.every == 0 {
+        bail!("every is 0, expected the number of cells between two visits");
+    }
+    let expanded = expand(kind_named(&anchor.cell.kind)?, &anchor.cell.sizes()?)?;
+    let [cell] = expanded.as_slice() else { bail!("expands to {} cells, expected one", expanded.len()) };
+    let others: Vec<Workload> = cells.into_iter().filter(|other| other != cell).collect();
+    let stretches = others.chunks(anchor.every).flat_map(|stretch| [&[*cell], stretch].concat());
+    Ok(stretches.chain([*cell]).collect())
 }
 
 /// Refuses repetitions and times that no measurement could keep.
@@ -346,6 +390,25 @@ mod tests {
     }
 
     #[test]
+    fn the_calibration_suites_come_back_to_their_anchor_in_an_order_without_sizes() {
+        for name in ["calibration", "calibration-small"] {
+            let suite = load(name).unwrap();
+            let anchor = suite.cells[0];
+            let visits: Vec<usize> =
+                (0..suite.cells.len()).filter(|index| suite.cells[*index] == anchor).collect();
+            assert!(
+                visits.len() >= 4 && visits.last() == Some(&(suite.cells.len() - 1)),
+                "{name} {visits:?}"
+            );
+            assert!(visits.windows(2).all(|pair| pair[1] - pair[0] <= 11), "{name} {visits:?}");
+            let batches: Vec<u32> = suite.cells.iter().filter_map(Workload::static_batch).collect();
+            let falls = batches.windows(2).filter(|pair| pair[1] < pair[0]).count();
+            assert!(falls > suite.cells.len() / 5, "{name}: {batches:?}");
+            assert_eq!(suite.cells, load(name).unwrap().cells);
+        }
+    }
+
+    #[test]
     fn a_wrong_suite_is_refused_with_its_place_and_reason() {
         let head = "name='x'\ndescription='y'\nmin_seconds=1\nwarmup_seconds=0\n";
         let cases = [
@@ -359,6 +422,18 @@ mod tests {
             (&format!("{head}[[cells]]\nkind='prefill'\nbatch='1..'\nisl=8"), "'1..' is no number"),
             (&format!("{head}[[cells]]\nkind='prefill'\nbatch='1..999'\nisl='1..999'"), "more than 1000"),
             (&format!("{head}[[cells]]\nkind='prefill'\nbatch=1\nisl=8\ncolour=1"), "colour"),
+            (
+                &format!(
+                    "{head}anchor={{every=0,cell={{kind='prefill',batch=1,isl=8}}}}\n[[cells]]\nkind='prefill'\nbatch=1\nisl=9"
+                ),
+                "anchor: every is 0",
+            ),
+            (
+                &format!(
+                    "{head}anchor={{every=5,cell={{kind='prefill',batch=[1,2],isl=8}}}}\n[[cells]]\nkind='prefill'\nbatch=1\nisl=9"
+                ),
+                "anchor: expands to 2 cells",
+            ),
             (
                 &format!("{head}[[cells]]\nkind='serve-open'\nisl=8\nosl=8\nrequest_rate_per_s=[nan]"),
                 "request_rate_per_s is NaN",

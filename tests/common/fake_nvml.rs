@@ -25,3 +25,22 @@ pub fn library(withdrawn: bool) -> &'static Path {
         place
     })
 }
+
+/// A file of its own with a stand-in that is set up so and stays loaded: another file has another state.
+#[allow(unsafe_code)] // the stand-in is a C library
+pub fn configured(settings: &str, withdrawn: bool) -> PathBuf {
+    static COPIES: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
+    let copy = COPIES.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+    let path = library(withdrawn).with_extension(format!("set-{}-{copy}.so", std::process::id()));
+    std::fs::copy(library(withdrawn), &path).unwrap();
+    let text = std::ffi::CString::new(settings).unwrap();
+    // SAFETY: the stand-in's initialisers do nothing; the function has this signature and copies the text.
+    unsafe {
+        let loaded = libloading::Library::new(&path).unwrap();
+        let configure: libloading::Symbol<'_, unsafe extern "C" fn(*const std::ffi::c_char)> =
+            loaded.get(b"fake_configure").unwrap();
+        configure(text.as_ptr());
+        std::mem::forget(loaded);
+    }
+    path
+}

@@ -49,6 +49,7 @@ pub fn on_gpu(scripted: &Record, gpu: &str) -> Record {
         uuid: Maybe::missing("redacted"),
         memory_bytes: Maybe::Value(80 << 30),
         compute_capability: Maybe::Value("9.0".to_owned()),
+        setup: Maybe::missing("made_up"),
     }];
     record.cells.iter_mut().for_each(|cell| cell.devices = vec!["cuda:0".to_owned()]);
     record

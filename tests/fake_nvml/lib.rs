@@ -3,9 +3,12 @@
 //! that is updated from time to time, power averaged over a part of that time, slow calls, renumbered fields, withdrawn
 //! functions. `fake_configure` takes `key=value` pairs separated by `;`, and so does the variable `FAKE_NVML`.
 //!
-//! With `--cfg withdrawn` the functions that NVIDIA has withdrawn are not there at all.
+//! With `--cfg withdrawn` the functions that NVIDIA has withdrawn, and those of `environment`, are not there at all.
 
 #![allow(non_snake_case)]
+
+#[cfg(not(withdrawn))]
+pub mod environment;
 
 use std::collections::HashMap;
 use std::ffi::{CStr, c_char, c_int, c_uint, c_ulonglong, c_void};
@@ -234,12 +237,26 @@ pub unsafe extern "C" fn nvmlDeviceGetMigMode(_device: *mut c_void, now: *mut c_
 pub unsafe extern "C" fn nvmlDeviceGetComputeRunningProcesses_v3(
     _device: *mut c_void,
     count: *mut c_uint,
-    _list: *mut c_void,
+    list: *mut Process,
 ) -> c_int {
     let processes = STATE.lock().unwrap().number("processes", 0.0) as c_uint;
+    let room = unsafe { count.read() };
     unsafe { put(count, processes) };
-    // Insufficient size, as long as there are any.
-    if processes > 0 { 7 } else { SUCCESS }
+    if room < processes {
+        return 7;
+    }
+    for index in 0..processes {
+        let process = Process { pid: 4002 - index, memory_bytes: 1 << 30, instances: [u32::MAX; 2] };
+        unsafe { list.add(index as usize).write(process) };
+    }
+    SUCCESS
+}
+
+#[repr(C)]
+pub struct Process {
+    pid: c_uint,
+    memory_bytes: u64,
+    instances: [c_uint; 2],
 }
 
 #[unsafe(no_mangle)]
@@ -284,6 +301,7 @@ fn field(state: &State, device: *mut c_void, id: c_uint, scope: c_uint, t: f64) 
             }
         }
         74 => Ok((3, held_ns(4, t))),
+        76 => Ok((3, held_ns(5, t))),
         _ if (first..first + 3).contains(&id) => Ok((3, held_ns(u64::from(id - first) + 1, t))),
         251..=273 => Ok((3, POISON + u64::from(id))),
         _ => Err(NOT_SUPPORTED),

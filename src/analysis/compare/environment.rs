@@ -51,6 +51,9 @@ const ROWS: &[(&str, Class, &str)] = &[
     // What the driver leaves to programs.
     ("gpu.memory_bytes", Expected, "driver"),
     ("gpu.index", Dynamic, ""),
+    ("gpu.setup.gsp_firmware", Expected, "driver"),
+    ("gpu.setup.vbios", Suspicious, "firmware"),
+    ("gpu.setup", Suspicious, "power"),
     ("gpu", Suspicious, ""),
     ("machine.gpu_driver", Expected, "driver"),
     ("machine.host.os", Identity, ""),

@@ -20,7 +20,7 @@ pub use result::{
     NoiseArm, Numbers, Part, SCHEMA, SessionCounts, Settings, Thresholds, Why, json_schema,
 };
 pub use sample::{DISTURBED_SHARE, Sample};
-pub use session::SessionId;
+pub use session::{SessionId, align};
 pub use verdict::{Judged, Rules, Verdict, judge, overall};
 
 use super::stats::TQuantiles;

@@ -39,6 +39,35 @@ pub(super) fn recognised(session: &Session) -> Option<(String, Option<String>)> 
     Some((boot, session.driver_loaded_at.value().cloned()))
 }
 
+/// Times of one driver load that records give may differ by so much: they come from clocks that are set.
+const SAME_LOAD_SECONDS: i64 = 120;
+
+/// Gives samples of one boot whose driver load is the same but for the clock one time of it: the earliest.
+pub fn align<'a>(samples: impl IntoIterator<Item = &'a mut Sample>) {
+    let mut loads: Vec<(&'a mut String, &'a str, jiff::Timestamp)> = samples
+        .into_iter()
+        .filter_map(|sample| match &mut sample.session {
+            SessionId::Recognised { boot, driver_loaded_at: Some(loaded) } => {
+                let time = loaded.parse().ok()?;
+                Some((loaded, boot.as_str(), time))
+            }
+            _ => None,
+        })
+        .collect();
+    loads.sort_by(|a, b| (a.1, a.2).cmp(&(b.1, b.2)));
+    let mut first: Option<(&str, jiff::Timestamp, String)> = None;
+    for (loaded, boot, time) in loads {
+        match &first {
+            Some((known, since, text))
+                if *known == boot && time.as_second() - since.as_second() <= SAME_LOAD_SECONDS =>
+            {
+                loaded.clone_from(text);
+            }
+            _ => first = Some((boot, time, loaded.clone())),
+        }
+    }
+}
+
 impl std::fmt::Display for SessionId {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {

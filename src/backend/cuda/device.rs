@@ -142,6 +142,7 @@ impl Cuda {
             graphs: self.options.graphs,
             dependent_launch: self.properties().has_dependent_launch(),
             deterministic: self.options.deterministic,
+            resources: self.kernels.resources(),
         }
     }
 

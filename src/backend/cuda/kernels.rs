@@ -7,6 +7,7 @@ use super::compile::{self, Compiler, Origin, Source};
 use super::context::Context;
 use super::convert::CudaDType;
 use super::module::{Kernel, Module};
+use crate::record::KernelResources;
 
 /// Head sizes that the attention kernels are made for.
 pub(super) const HEAD_DIMS: [usize; 6] = [16, 32, 64, 96, 128, 256];
@@ -109,6 +110,22 @@ impl Kernels {
             kernel.allow_shared(super::products::stream_shared_bytes(super::products::STREAM_ROWS))?;
         }
         Ok(kernels)
+    }
+
+    /// Every kernel of the forward pass and what the driver gives it.
+    pub(super) fn resources(&self) -> Vec<(String, KernelResources)> {
+        let single = [
+            &self.embed,
+            &self.rms_norm,
+            &self.silu_mul,
+            &self.rope_kv,
+            &self.decode,
+            &self.prefill,
+            &self.sample_stage1,
+            &self.sample_stage2,
+        ];
+        let all = single.into_iter().chain(&self.stream).chain(&self.tiled);
+        all.map(|kernel| (kernel.name().to_owned(), kernel.resources())).collect()
     }
 
     /// For few rows: bound by the bytes of the weight.

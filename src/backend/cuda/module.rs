@@ -8,6 +8,7 @@ use cudarc::driver::sys;
 
 use super::context::{Context, Stream};
 use super::error::{CudaError, check, check_call};
+use crate::record::{KernelResources, Maybe};
 
 /// Shared memory that a block may have without asking for it.
 const DEFAULT_SHARED_BYTES: u32 = 48 << 10;
@@ -84,6 +85,31 @@ impl Kernel {
 
     pub(super) fn function(&self) -> sys::CUfunction {
         self.function
+    }
+
+    /// What it takes on this device.
+    pub(super) fn resources(&self) -> KernelResources {
+        use sys::CUfunction_attribute as Attribute;
+        KernelResources {
+            registers: self.attribute(Attribute::CU_FUNC_ATTRIBUTE_NUM_REGS),
+            static_shared_bytes: self.attribute(Attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES),
+            local_bytes: self.attribute(Attribute::CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES),
+            max_block_threads: self.attribute(Attribute::CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK),
+            binary_version: self.attribute(Attribute::CU_FUNC_ATTRIBUTE_BINARY_VERSION),
+            ptx_version: self.attribute(Attribute::CU_FUNC_ATTRIBUTE_PTX_VERSION),
+        }
+    }
+
+    #[allow(unsafe_code)]
+    fn attribute(&self, which: sys::CUfunction_attribute) -> Maybe<u32> {
+        let mut value = 0;
+        // SAFETY: the function lives as long as its module; the call writes one integer, which lives here.
+        let code = unsafe { sys::cuFuncGetAttribute(&raw mut value, which, self.function) };
+        match (code.result(), u32::try_from(value)) {
+            (Ok(()), Ok(value)) => Maybe::Value(value),
+            (Ok(()), Err(_)) => Maybe::missing("implausible"),
+            (Err(error), _) => Maybe::missing(format!("{:?}", error.0).to_lowercase()),
+        }
     }
 
     /// Lets its blocks ask for up to `bytes` of dynamic shared memory.

@@ -86,8 +86,8 @@ enum Format {
 pub fn run(args: Args) -> anyhow::Result<u8> {
     let settings = settings(&args)?;
     let read = |files: &[PathBuf]| read_all(files, args.allow_not_a_measurement);
-    let candidate = read(&args.candidate)?;
-    let (baseline, noise) = match &args.store {
+    let mut candidate = read(&args.candidate)?;
+    let (mut baseline, mut noise) = match &args.store {
         None => (read(&args.baseline)?, read(&args.noise)?),
         Some(folder) => {
             refuse_mixture(&args)?;
@@ -99,6 +99,7 @@ pub fn run(args: Args) -> anyhow::Result<u8> {
             (baseline, [older, read(&args.noise)?].concat())
         }
     };
+    compare::align([&mut baseline, &mut candidate, &mut noise].into_iter().flatten());
     let result = compare::compare(&baseline, &candidate, &noise, &settings);
     print(&match args.format {
         Format::Table => report::comparison_table(&result),

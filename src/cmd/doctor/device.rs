@@ -145,7 +145,8 @@ fn driver_remedy(error: &Unavailable, machine: &Machine, libraries: &[Found]) ->
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::machine::{Roots, capture};
+    use crate::machine::Roots;
+    use crate::machine::tests::described;
     use crate::record::Maybe;
 
     fn h200() -> Device {
@@ -163,7 +164,7 @@ mod tests {
         devices: &Result<Vec<Device>, Unavailable>,
         libraries: &[Found],
     ) -> (String, bool) {
-        let machine = capture(&Roots::under("/nonexistent"));
+        let machine = described(&Roots::under("/nonexistent"));
         let (section, can_run) = look(asked, &machine, devices, libraries);
         let line = |finding: &super::super::Finding| {
             format!("{}: {} / {}\n", finding.what, finding.value, finding.remedy.as_deref().unwrap_or("-"))
@@ -211,7 +212,7 @@ mod tests {
         let (text, _) =
             text_of(Asked::Auto, &Err(Unavailable::Driver("CUDA_ERROR_NO_DEVICE".to_owned())), &[]);
         assert!(text.contains("answers CUDA_ERROR_NO_DEVICE") && text.contains("dmesg"), "{text}");
-        let mut machine = capture(&Roots::under("/nonexistent"));
+        let mut machine = described(&Roots::under("/nonexistent"));
         machine.gpu_driver.version = Maybe::Value("580.95.05".to_owned());
         assert!(driver_remedy(&Unavailable::NoLibrary, &machine, &[]).contains("--gpus all"));
     }

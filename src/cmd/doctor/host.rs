@@ -168,12 +168,13 @@ fn remedy(reason: &str) -> Option<&'static str> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::machine::{Roots, capture};
+    use crate::machine::Roots;
+    use crate::machine::tests::described;
     use crate::record::machine::BusyProgram;
 
     /// A machine about which nothing is known.
     fn unknown() -> Machine {
-        capture(&Roots::under("/nonexistent"))
+        described(&Roots::under("/nonexistent"))
     }
 
     fn status(section: &Section, what: &str) -> (Status, String) {

@@ -1,6 +1,7 @@
 //! `doctor`: what is here, what is missing, and the exact remedy. Looks and reports; changes nothing, loads no model.
 
 mod device;
+mod environment;
 mod host;
 mod probe;
 mod sensor;
@@ -14,6 +15,7 @@ use serde::Serialize;
 use crate::backend::cuda::library;
 use crate::clock::Clock;
 use crate::machine::{self, Roots};
+use crate::meter::nvml::Library;
 
 /// Name and major version of the JSON form.
 const SCHEMA: &str = "tokmeter-doctor/1";
@@ -142,7 +144,7 @@ fn look(asked: Asked, probes_sensors: bool) -> Findings {
     let roots = Roots::default();
     let variable = |name: &str| std::env::var_os(name).filter(|value: &OsString| !value.is_empty());
     let interference = machine::observe(&roots, &Clock::monotonic(), OBSERVE_NS);
-    let machine = machine::capture(&roots);
+    let machine = machine::capture(&roots, &Library::open_default());
     let libraries = library::search(&roots.root, &variable);
     let (devices, can_run) = device::look(asked, &machine, &library::devices(), &libraries);
     let probed = probes_sensors.then(|| probe::sensors(&Clock::monotonic()));
@@ -153,6 +155,7 @@ fn look(asked: Asked, probes_sensors: bool) -> Findings {
         host::quiet(&machine, &interference),
         devices,
         device::libraries(&libraries),
+        environment::look(&machine, &roots),
         sensor::power(&roots, &libraries),
         sensor::models(&variable),
     ];
@@ -214,8 +217,17 @@ mod tests {
         let json = serde_json::to_value(&findings).unwrap();
         let rows = json["findings"].as_array().unwrap();
         assert_eq!(rows.len(), findings.findings.len());
-        for section in ["cpu", "memory", "surroundings", "quiet", "devices", "libraries", "sensors", "models"]
-        {
+        for section in [
+            "cpu",
+            "memory",
+            "surroundings",
+            "quiet",
+            "devices",
+            "libraries",
+            "environment",
+            "sensors",
+            "models",
+        ] {
             assert!(rows.iter().any(|row| row["section"] == section), "{section}");
         }
         let text = table(&findings);

@@ -8,7 +8,7 @@ use crate::cmd::device::{self, Target};
 use crate::cmd::{bad_file, usage};
 use crate::engine::FakeScript;
 use crate::meter::Choice as PowerChoice;
-use crate::record::{CostModel, Workload};
+use crate::record::{CostModel, Thermal, Workload};
 use crate::runner::Protocol;
 use crate::suite::{self, Kind, Sizes, Suite};
 use crate::units::{format_duration_s, parse_bytes};
@@ -51,6 +51,7 @@ pub(super) struct Choices {
     pub(super) cost_model: Option<CostModel>,
     pub(super) power: PowerChoice,
     pub(super) require_energy: bool,
+    pub(super) thermal: Thermal,
     /// How long idle power is watched; 0 for not at all.
     pub(super) idle_ns: u64,
     pub(super) session: Option<String>,
@@ -166,6 +167,7 @@ impl Choices {
             cost_model: args.price.settle()?,
             power: args.power.clone(),
             require_energy: args.require_energy,
+            thermal: args.thermal.into(),
             idle_ns: idle_ns(args.idle_seconds)?,
             session: args.session.clone(),
             offline: args.offline,
@@ -217,7 +219,7 @@ fn suite_of(args: &Args, subject: &Subject) -> anyhow::Result<Suite> {
     let cells = suite::expand(kind, &sizes).map_err(usage)?;
     let (repeat, min_seconds, warmup_seconds) = (3, 1.5, 0.3);
     let (name, description) = (String::new(), String::new());
-    Ok(Suite { name, description, repeat, min_seconds, warmup_seconds, cells })
+    Ok(Suite { name, description, repeat, min_seconds, warmup_seconds, steady: false, cells })
 }
 
 fn usage_of(error: anyhow::Error) -> anyhow::Error {
@@ -302,6 +304,8 @@ fn protocol(args: &Args, suite: &Suite) -> anyhow::Result<Protocol> {
         min_window_ns: nanos(min_seconds),
         max_window_ns: nanos(max_seconds).max(1),
         warmup_ns: nanos(suite.warmup_seconds),
+        steady: suite.steady,
+        cool_to_c: None,
         seed: args.seed,
     })
 }

@@ -16,9 +16,10 @@ use std::sync::atomic::AtomicBool;
 use clap::ValueEnum;
 
 use crate::clock::{Clock, file_stamp_utc};
-use crate::machine::Roots;
+use crate::machine::{GpuWatch, Roots};
+use crate::meter::nvml::Library;
 use crate::meter::{Choice, PowerMeter};
-use crate::record::{Cell, Outcome, Record, Status, Store, Workload, check_place};
+use crate::record::{Cell, Outcome, Record, Status, Store, Thermal, Workload, check_place};
 use crate::runner::{self, Stage, Witness};
 use crate::{analysis, report};
 
@@ -121,6 +122,10 @@ pub struct Args {
     /// Measure power before the start and with the weights resident, for so long each
     #[arg(long, value_name = "SECONDS", default_value_t = 0.0)]
     idle_seconds: f64,
+    /// Between runs: hot goes on at once; cooldown waits until the device is as cool as before the first cell, and warms
+    /// up again
+    #[arg(long, value_enum, default_value_t = ThermalChoice::Hot)]
+    thermal: ThermalChoice,
     /// Name of this session (a boot and driver load), for comparing
     #[arg(long, value_name = "LABEL")]
     session: Option<String>,
@@ -162,10 +167,25 @@ enum EngineChoice {
     Fake,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum ThermalChoice {
+    Hot,
+    Cooldown,
+}
+
+impl From<ThermalChoice> for Thermal {
+    fn from(choice: ThermalChoice) -> Self {
+        match choice {
+            ThermalChoice::Hot => Thermal::Hot,
+            ThermalChoice::Cooldown => Thermal::Cooldown,
+        }
+    }
+}
+
 /// # Errors
 /// When nothing could be measured. A cell that fails is part of the record, and only changes the exit code.
 pub fn run(args: Args) -> anyhow::Result<u8> {
-    let choices = Choices::settle(&args)?;
+    let mut choices = Choices::settle(&args)?;
     if args.dry_run {
         print(&choices.describe())?;
         return Ok(0);
@@ -174,6 +194,7 @@ pub fn run(args: Args) -> anyhow::Result<u8> {
     let stop = interrupt::on_signal()?;
     let view = View::new(Arc::clone(&stop));
     let mut meter = power::open(&choices)?;
+    choices.protocol.cool_to_c = power::cool_to_c(&choices, &mut meter)?;
     let mut started = start::start(&choices, &stop, &view)?;
     power::observe_idle(&choices, &mut meter, &started.clock);
     let clock = started.clock.clone();
@@ -181,10 +202,18 @@ pub fn run(args: Args) -> anyhow::Result<u8> {
         let device = choices.subject.to_string().replace(':', "");
         PathBuf::from(format!("tokmeter-{device}-{}.json", file_stamp_utc(clock.unix_ns())))
     });
-    let mut record = record::open(&choices, &started, &meter);
+    let nvml = Library::open_default();
+    let mut record = record::open(&choices, &started, &meter, &nvml);
+    let watch = GpuWatch::new(Roots::default(), nvml, power::gpus(&choices));
     let store = Store::create(out, &record)?;
-    let mut bench =
-        Bench { choices: &choices, started: &mut started, meter: &mut meter, view: &view, stop: &stop };
+    let mut bench = Bench {
+        choices: &choices,
+        started: &mut started,
+        meter: &mut meter,
+        watch: &watch,
+        view: &view,
+        stop: &stop,
+    };
     bench.measure_all(&mut record, &store)?;
     view.finish();
     print(&rendered(&record, args.format)?)?;
@@ -211,6 +240,7 @@ struct Bench<'a> {
     choices: &'a Choices,
     started: &'a mut start::Started,
     meter: &'a mut PowerMeter,
+    watch: &'a GpuWatch,
     view: &'a View,
     stop: &'a AtomicBool,
 }
@@ -240,8 +270,12 @@ impl Bench<'_> {
     }
 
     fn measure(&mut self, index: usize, workload: &Workload) -> Cell {
-        let (choices, view) = (self.choices, self.view);
-        let mut on_run = |run, runs| view.run_begins(choices, index, run, runs);
+        let (choices, view, watch) = (self.choices, self.view, self.watch);
+        let (before, mut warm) = (watch.read(), None);
+        let mut on_run = |run, runs| {
+            warm.get_or_insert_with(|| watch.read());
+            view.run_begins(choices, index, run, runs);
+        };
         let mut stage = Stage {
             engine: self.started.engine.as_mut(),
             clock: self.started.clock.clone(),
@@ -251,6 +285,8 @@ impl Bench<'_> {
             on_run: &mut on_run,
         };
         let cell = runner::measure(&mut stage, workload, &choices.protocol);
+        let gpus = watch.around(before, warm, watch.read());
+        let cell = Cell { gpus, ..cell };
         if choices.require_energy { power::require_energy(cell) } else { cell }
     }
 }

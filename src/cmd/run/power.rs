@@ -5,14 +5,17 @@ use super::choices::{Choices, Subject};
 use crate::backend::cuda::library;
 use crate::clock::Clock;
 use crate::cmd::device::Target;
-use crate::cmd::{bad_file, remark};
+use crate::cmd::{bad_file, remark, usage};
 use crate::machine::Roots;
 use crate::meter::nvml::GpuId;
 use crate::meter::{self, Absent, Choice, PowerMeter};
-use crate::record::{Cell, Energy, Maybe, Outcome};
+use crate::record::{Cell, Energy, Maybe, Outcome, Thermal};
 
 /// After the last kernel a device needs this long to come to rest, ns.
 const REST_NS: u64 = 30_000_000_000;
+
+/// A device that cools down before each run comes this close to the temperature it had before the first.
+const COOL_ENOUGH_C: f64 = 2.0;
 
 /// # Errors
 /// When a trace cannot be read, and when there is no sensor though energy is required.
@@ -20,7 +23,7 @@ pub(super) fn open(choices: &Choices) -> anyhow::Result<PowerMeter> {
     let (subject, clock) = match &choices.subject {
         Subject::Script(_) => (meter::Subject::Script, Clock::scripted()),
         Subject::Model(Target::Cpu(_)) => (meter::Subject::Cpu, Clock::monotonic()),
-        Subject::Model(Target::Cuda { index, .. }) => (meter::Subject::Gpus(gpu(*index)), Clock::monotonic()),
+        Subject::Model(Target::Cuda { .. }) => (meter::Subject::Gpus(gpus(choices)), Clock::monotonic()),
     };
     let mut meter =
         PowerMeter::open(&choices.power, &subject, &clock, &Roots::default().sys).map_err(bad_file)?;
@@ -38,7 +41,37 @@ pub(super) fn open(choices: &Choices) -> anyhow::Result<PowerMeter> {
     Ok(meter)
 }
 
-/// The GPU as NVML knows it. Without an identity none is metered: another one's power would be worse than none.
+/// The temperature to which the device cools between runs, if it is asked to.
+///
+/// # Errors
+/// When no sensor shows its temperature.
+pub(super) fn cool_to_c(choices: &Choices, meter: &mut PowerMeter) -> anyhow::Result<Option<f64>> {
+    if choices.thermal == Thermal::Hot {
+        return Ok(None);
+    }
+    let clock = match choices.subject {
+        Subject::Script(_) => Clock::scripted(),
+        Subject::Model(_) => Clock::monotonic(),
+    };
+    match meter.temperature_c(&clock) {
+        Maybe::Value(temperature_c) => Ok(Some(temperature_c + COOL_ENOUGH_C)),
+        Maybe::Missing(missing) => Err(usage(format!(
+            "--thermal cooldown: the temperature cannot be read ({}), expected a sensor that shows it\nhint: leave \
+             --thermal out, or ask tokmeter doctor what the sensor lacks",
+            missing.missing
+        ))),
+    }
+}
+
+/// The GPUs in use as NVML knows them. Without an identity none is metered: another one's power would be worse than
+/// none.
+pub(super) fn gpus(choices: &Choices) -> Vec<GpuId> {
+    match &choices.subject {
+        Subject::Model(Target::Cuda { index, .. }) => gpu(*index),
+        _ => Vec::new(),
+    }
+}
+
 fn gpu(index: u32) -> Vec<GpuId> {
     let devices = library::devices().unwrap_or_default();
     let uuid = devices.into_iter().find(|device| device.index == index).and_then(|device| device.uuid.ok());

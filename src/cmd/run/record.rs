@@ -1,22 +1,32 @@
 //! Puts the record together around the measured cells.
 
-use super::choices::Choices;
+use super::choices::{Choices, Subject};
 use super::start::Started;
 use crate::arch;
 use crate::backend::{KernelInfo, PAGE_SIZE};
 use crate::clock::{Clock, rfc3339_utc};
+use crate::cmd::device::Target;
 use crate::cmd::remark;
-use crate::machine::{self, Roots};
-use crate::meter::PowerMeter;
-use crate::record::{Command, Engine, Kernels, Maybe, Model, Record, SCHEMA, Session, Status, Tool};
+use crate::machine::{self, DriverLoad, Roots};
+use crate::meter::nvml::Library;
+use crate::meter::{Absent, PowerMeter};
+use crate::record::machine::Machine;
+use crate::record::{
+    Command, Engine, Kernels, Maybe, Model, Record, SCHEMA, Session, Status, Tool, hold_out,
+};
 
 /// How long the machine is watched before the first cell.
 const OBSERVED_NS: u64 = 400_000_000;
 
 /// The record before the first cell.
-pub(super) fn open(choices: &Choices, started: &Started, meter: &PowerMeter) -> Record {
+pub(super) fn open(
+    choices: &Choices,
+    started: &Started,
+    meter: &PowerMeter,
+    nvml: &Result<Library, Absent>,
+) -> Record {
     let roots = Roots::default();
-    let machine = machine::capture(&roots);
+    let machine = machine::capture(&roots, nvml);
     let interference = machine::observe(&roots, &started.clock, OBSERVED_NS);
     if let Some(sentence) = machine::warning(&interference) {
         remark(&format!("warning: {sentence}"));
@@ -29,11 +39,7 @@ pub(super) fn open(choices: &Choices, started: &Started, meter: &PowerMeter) -> 
         started_at: rfc3339_utc(started.clock.unix_ns()),
         finished_at: Maybe::missing("running"),
         status: Status::Running,
-        session: Session {
-            boot_id: machine.host.boot_id.clone(),
-            driver_loaded_at: Maybe::missing("no_gpu_in_use"),
-            label: given(choices.session.clone(), "not_given"),
-        },
+        session: session(choices, &machine, &roots),
         machine,
         interference,
         model: Model {
@@ -48,6 +54,20 @@ pub(super) fn open(choices: &Choices, started: &Started, meter: &PowerMeter) -> 
         numerics: started.numerics.clone(),
         ceilings: started.ceilings.clone(),
         cells: Vec::new(),
+    }
+}
+
+/// Only work on a GPU depends on its driver.
+fn session(choices: &Choices, machine: &Machine, roots: &Roots) -> Session {
+    let on_gpu = matches!(choices.subject, Subject::Model(Target::Cuda { .. }));
+    let no_gpu = || Maybe::missing("no_gpu_in_use");
+    let none = DriverLoad { at: no_gpu(), by: no_gpu() };
+    let load = if on_gpu { machine::driver_load(roots) } else { none };
+    Session {
+        boot_id: machine.host.boot_id.clone(),
+        driver_loaded_at: load.at,
+        driver_loaded_by: load.by,
+        label: given(choices.session.clone(), "not_given"),
     }
 }
 
@@ -84,7 +104,11 @@ fn command(choices: &Choices) -> Command {
         repeat: choices.protocol.repeat,
         min_seconds: seconds(choices.protocol.min_window_ns),
         max_seconds: seconds(choices.protocol.max_window_ns),
+        warmup_seconds: Maybe::Value(seconds(choices.protocol.warmup_ns)),
+        steady: Maybe::Value(choices.protocol.steady),
+        thermal: Maybe::Value(choices.thermal),
         planned_cells: choices.cells.iter().map(|cell| cell.key()).collect(),
+        hold_out: Maybe::Value(hold_out(&choices.cells)),
     }
 }
 
@@ -96,6 +120,7 @@ fn kernels(info: KernelInfo) -> Kernels {
         graphs: info.graphs,
         dependent_launch: info.dependent_launch,
         deterministic: info.deterministic,
+        resources: Maybe::Value(info.resources.into_iter().collect()),
     }
 }
 

@@ -14,6 +14,8 @@ pub enum Field {
     HardwareThermal,
     /// By an external power brake, ns.
     HardwarePowerBrake,
+    /// By other GPUs of a group that keeps its clocks alike, ns.
+    SyncBoost,
 }
 
 /// How a driver numbers the fields from 251 on.
@@ -48,6 +50,7 @@ impl Numbering {
         match field {
             Field::PowerInstant => Some(186),
             Field::SoftwarePowerCap => Some(74),
+            Field::SyncBoost => Some(76),
             Field::SoftwareThermal => moved(251, 269),
             Field::HardwareThermal => moved(252, 270),
             Field::HardwarePowerBrake => moved(253, 271),

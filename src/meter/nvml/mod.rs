@@ -2,6 +2,7 @@
 //! integrated, and on superchips whose GPU alone gives no power the whole module's. The library is loaded when it is
 //! asked for and stays loaded.
 
+mod environment;
 mod fields;
 mod raw;
 
@@ -11,6 +12,7 @@ use std::path::Path;
 use nvml_wrapper::enum_wrappers::device::{Clock as ClockKind, TemperatureSensor};
 use nvml_wrapper::{Device, Nvml};
 
+pub use environment::Described;
 pub use fields::{Field, Numbering};
 use raw::Scope;
 
@@ -159,7 +161,8 @@ fn absent(what: &str, reason: &str) -> Absent {
     }
 }
 
-fn remedy(reason: &str) -> Option<&'static str> {
+/// What mends it, where something does.
+pub fn remedy(reason: &str) -> Option<&'static str> {
     match reason {
         "no_nvml" => Some("install the NVIDIA driver; in a container, start it with --gpus all"),
         "driver_not_loaded" => Some("sudo modprobe nvidia"),

@@ -3,12 +3,13 @@
 
 #![allow(unsafe_code)]
 
-use nvml_wrapper::Device;
 use nvml_wrapper::error::NvmlError;
+use nvml_wrapper::{Device, Nvml};
 use nvml_wrapper_sys::bindings::{
     NvmlLib, nvmlDevice_t, nvmlFieldValue_t, nvmlReturn_enum_NVML_ERROR_DEPRECATED as DEPRECATED,
     nvmlReturn_enum_NVML_ERROR_UNKNOWN as UNKNOWN, nvmlReturn_enum_NVML_SUCCESS as SUCCESS, nvmlReturn_t,
-    nvmlTemperature_v1_t, nvmlValue_t, nvmlValueType_enum_NVML_VALUE_TYPE_COUNT as NO_TYPE,
+    nvmlSystemDriverBranchInfo_v1_t, nvmlTemperature_v1_t, nvmlValue_t,
+    nvmlValueType_enum_NVML_VALUE_TYPE_COUNT as NO_TYPE,
     nvmlValueType_enum_NVML_VALUE_TYPE_SIGNED_INT as SIGNED_INT,
     nvmlValueType_enum_NVML_VALUE_TYPE_SIGNED_LONG_LONG as SIGNED_LONG_LONG,
     nvmlValueType_enum_NVML_VALUE_TYPE_UNSIGNED_INT as UNSIGNED_INT,
@@ -117,6 +118,39 @@ pub(super) fn clock_reasons(device: &Device<'_>) -> Result<u64, Reason> {
         }
     }
     reason
+}
+
+/// Release branch of the driver.
+pub(super) fn driver_branch(nvml: &Nvml) -> Result<String, Reason> {
+    let call = nvml.lib().nvmlSystemGetDriverBranch.as_ref().map_err(missing_function)?;
+    let version = size_of::<nvmlSystemDriverBranchInfo_v1_t>() as u32 | 1 << 24;
+    let mut info = nvmlSystemDriverBranchInfo_v1_t { version, branch: [0; 80] };
+    // SAFETY: the structure says its own version and size, which the function checks before it writes to it.
+    check(unsafe { call(&raw mut info, info.branch.len() as u32) })?;
+    let bytes: Vec<u8> = info.branch.iter().map(|c| *c as u8).take_while(|byte| *byte != 0).collect();
+    match String::from_utf8(bytes) {
+        Ok(branch) if !branch.is_empty() => Ok(branch),
+        _ => Err("answer_of_another_type".to_owned()),
+    }
+}
+
+/// Rows of memory that were replaced.
+pub(super) struct Remapped {
+    pub(super) corrected: u32,
+    pub(super) uncorrected: u32,
+    pub(super) is_pending: bool,
+    pub(super) has_failed: bool,
+}
+
+pub(super) fn remapped_rows(device: &Device<'_>) -> Result<Remapped, Reason> {
+    let call = library(device).nvmlDeviceGetRemappedRows.as_ref().map_err(missing_function)?;
+    let (mut corrected, mut uncorrected, mut pending, mut failed) = (0, 0, 0, 0);
+    let handle = handle(device);
+    // SAFETY: the function has this signature in every NVML since R450; it writes four integers, which live here.
+    check(unsafe {
+        call(handle, &raw mut corrected, &raw mut uncorrected, &raw mut pending, &raw mut failed)
+    })?;
+    Ok(Remapped { corrected, uncorrected, is_pending: pending != 0, has_failed: failed != 0 })
 }
 
 /// Temperature of the GPU, °C, by the function that replaces the withdrawn one.

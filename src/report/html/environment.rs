@@ -163,10 +163,10 @@ pub(super) fn missing(fields: &Map<String, Value>) -> Option<&str> {
     (fields.len() == 1).then(|| fields.get("missing")?.as_str()).flatten()
 }
 
-/// The ending of a field's name that is its unit, and how such numbers read.
+/// The end of a field's name, and how its values are written.
 type Unit = (&'static str, fn(f64) -> String);
 
-/// Longest first.
+/// Units that end a field's name, longest first, and how such numbers read.
 const UNITS: [Unit; 12] = [
     ("_bytes_per_s", |value| format!("{} GB/s", format_significant(value / 1e9))),
     ("_flops_per_s", |value| {

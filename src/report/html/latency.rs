@@ -134,11 +134,10 @@ fn line(look: Look, name: &str, points: &[PercentilePoint], factor: f64) -> Line
     line
 }
 
-/// A latency of a cell, and its name.
-type NamedQuantiles = (&'static str, fn(&CellSummary) -> &Maybe<Quantiles>);
+type PickQuantiles = fn(&CellSummary) -> &Maybe<Quantiles>;
 
 fn table(subject: &Subject<'_>, records: usize) -> Table {
-    let latencies: [NamedQuantiles; 5] = [
+    let latencies: [(&str, PickQuantiles); 5] = [
         ("TTFT", |cell| &cell.ttft),
         ("ITL", |cell| &cell.itl),
         ("TPOT", |cell| &cell.tpot),

@@ -62,12 +62,12 @@ fn absent(subjects: &[Subject<'_>]) -> Vec<String> {
         .collect()
 }
 
-/// A record, its roof, and its cells under it by their keys.
-type Roofed<'a> = (&'a Subject<'a>, Roof, Vec<(String, RooflinePoint)>);
+/// Cells by key, and where they lie.
+type Placed = Vec<(String, RooflinePoint)>;
 
 fn chart(subjects: &[Subject<'_>], index: usize, model: &str) -> Option<Figure> {
     let of_model_here = || subjects.iter().filter(|subject| subject.record.model.name == model);
-    let roofed: Vec<Roofed<'_>> = of_model_here()
+    let roofed: Vec<(&Subject<'_>, Roof, Placed)> = of_model_here()
         .filter_map(|subject| Some((subject, roof(subject.record).into_value()?, points(subject))))
         .collect();
     let intensities: Vec<f64> = roofed
