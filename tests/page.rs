@@ -1,10 +1,8 @@
 //! The HTML page: its markup, its numbers against the analysis, what hostile or broken records make of it, its speed, and
 //! what a browser says.
 
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
 
-#[path = "common/mod.rs"]
-mod common;
 #[path = "common/made_up.rs"]
 mod made_up;
 #[path = "common/markup.rs"]
@@ -392,7 +390,9 @@ fn loaded(browser: &PathBuf, text: &str) -> (Vec<String>, Vec<String>) {
 #[test]
 fn a_browser_asks_for_nothing_else_and_complains_of_nothing() {
     let Some(browser) = browser() else {
-        return common::waived("no Chromium on the path, so no browser has loaded the page");
+        // A browser is too much to ask of every machine that must pass the tests; the other tests read the page itself.
+        println!("not tested here: no Chromium on the path, so no browser has loaded the page");
+        return;
     };
     let text = page_of(&[SCRIPTED.clone(), GPU.clone()]);
     assert_eq!(loaded(&browser, &text), (vec!["/".to_owned()], Vec::new()));
