@@ -129,6 +129,12 @@ pub fn consequence(flag: &str) -> &'static str {
         "unsustainable" => {
             "The backlog grew while it was measured, so latencies belong to the length of the window, not to the engine."
         }
+        "not_steady" => {
+            "Rates, clocks or temperatures were still moving while it was measured; a longer warm-up would give another number."
+        }
+        "throttled" => {
+            "The device held its clocks down while it was measured. Numbers are kept: they are of a throttled device."
+        }
         "unfinished" => {
             "The slowest requests are not in the latencies, which therefore look better than they are."
         }
