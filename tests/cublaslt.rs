@@ -314,8 +314,17 @@ fn on_the_device_full() {
     }
 }
 
-/// A short run whose prompts have more than 64 rows, with the stand-in library where `library` says so.
+/// A short run of static cells whose prompts have more than 64 rows; see [`run_cells`].
 fn run(library: bool, settings: &[(&str, &str)], arguments: &[&str]) -> Option<(Output, Option<Value>)> {
+    run_cells(library, settings, &[&["--batch", "2"], arguments].concat())
+}
+
+/// A short run with prompts of 100 tokens, with the stand-in library where `library` says so.
+fn run_cells(
+    library: bool,
+    settings: &[(&str, &str)],
+    arguments: &[&str],
+) -> Option<(Output, Option<Value>)> {
     let named = cublaslt()?;
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("record.json");
@@ -325,7 +334,7 @@ fn run(library: bool, settings: &[(&str, &str)], arguments: &[&str]) -> Option<(
         ("TOKMETER_CUDA_LIBS", if library { named.as_str() } else { "" }),
     ];
     let command = ["run", "--device", "cuda:0", "-m", TINY, "-o", out.to_str().unwrap()];
-    let cells = ["--batch", "2", "--isl", "100", "--min-seconds", "0.05", "--repeat", "1"];
+    let cells = ["--isl", "100", "--min-seconds", "0.05", "--repeat", "1"];
     let output =
         tokmeter(Build::Plain, &[&own[..], settings].concat(), &[&command[..], &cells, arguments].concat())?;
     if output.status.success() {
@@ -365,6 +374,20 @@ fn the_record_names_the_library_and_every_algorithm() {
             assert!(product.best_ns.value().is_some());
         }
     }
+}
+
+#[test]
+fn a_serving_cell_has_every_algorithm_before_its_first_window() {
+    let serving = ["--concurrency", "3", "--osl", "4", "--requests", "3", "--chunk", "200"];
+    let Some((output, record)) = run_cells(true, &[], &serving) else { return };
+    assert!(output.status.success(), "{}", stderr(&output));
+    let record = record.unwrap();
+    let kinds = record["cells"].as_array().unwrap().iter().map(|cell| cell["workload"]["kind"].clone());
+    assert!(kinds.clone().any(|kind| kind == "serve-closed"), "{:?}", kinds.collect::<Vec<_>>());
+    let products: Vec<TunedProduct> =
+        serde_json::from_value(record["engine"]["cublaslt"]["products"].clone()).unwrap();
+    let rows: std::collections::BTreeSet<u32> = products.iter().map(|product| product.rows).collect();
+    assert!([96, 128, 160, 192, 224].iter().all(|expected| rows.contains(expected)), "{rows:?}");
 }
 
 #[test]

@@ -159,6 +159,15 @@ pub struct StepKey {
     pub decode_only: bool,
 }
 
+/// Sizes of steps, ascending, at whose first occurrence a backend makes what later ones use again.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct FirstSteps {
+    /// Prompt tokens of a step: for so many rows an algorithm is chosen.
+    pub prefill_tokens: Vec<usize>,
+    /// Sequences of a decode step: for so many a graph is captured.
+    pub decode_sequences: Vec<usize>,
+}
+
 /// A device that can run the model. Activations are `[rows, columns]` row-major in [`Backend::Buf`]; the residual
 /// stream `x` is `[tokens, hidden_size]`.
 ///
@@ -281,6 +290,12 @@ pub trait Backend {
     ) -> anyhow::Result<()> {
         let _ = key;
         body(self)
+    }
+
+    /// What a step of up to so many tokens or sequences has to make first. Empty where every step is like the last.
+    fn first_steps(&self, most_tokens: usize, most_sequences: usize) -> FirstSteps {
+        let _ = (most_tokens, most_sequences);
+        FirstSteps::default()
     }
 
     /// Waits for the oldest step whose samples were not taken yet; one token per sample row, appended to `out`.

@@ -8,7 +8,7 @@ use anyhow::{Context as _, ensure};
 use super::pages::pages_for;
 use super::scheduler::{Scheduler, StepPlan};
 use super::{Engine, EngineInfo, EngineLimits, Request, StepOutput, SubmitError};
-use crate::backend::{Backend, Batch};
+use crate::backend::{Backend, Batch, FirstSteps};
 use crate::clock::Clock;
 use crate::model::{Model, Workspace};
 use crate::units::format_bytes;
@@ -138,6 +138,11 @@ impl<B: Backend> Engine for LlmEngine<B> {
             self.collect(output)?;
         }
         Ok(in_flight > 0)
+    }
+
+    fn first_steps(&self) -> FirstSteps {
+        let limits = self.scheduler.limits();
+        self.backend.first_steps(limits.chunk, limits.max_batch)
     }
 
     fn unfinished(&self) -> usize {

@@ -12,7 +12,7 @@ mod sequence;
 
 use anyhow::ensure;
 
-use crate::backend::{BackendInfo, Memory, PAGE_SIZE, Sampling};
+use crate::backend::{BackendInfo, FirstSteps, Memory, PAGE_SIZE, Sampling};
 pub use fake::{FakeEngine, FakeScript};
 pub use llm::LlmEngine;
 pub use pages::{PageList, Pages, check_batch_fits, pages_for, pages_needed};
@@ -162,6 +162,11 @@ pub trait Engine {
     /// # Errors
     /// When the device fails; the engine cannot go on then.
     fn step(&mut self, output: &mut StepOutput) -> anyhow::Result<bool>;
+
+    /// Steps that a load within the engine's limits may meet and that take longer the first time.
+    fn first_steps(&self) -> FirstSteps {
+        FirstSteps::default()
+    }
 
     /// Requests submitted (or rewound) whose last event was not reported yet.
     fn unfinished(&self) -> usize;

@@ -3,6 +3,7 @@
 //! Knows requests and clocks; knows no model, no file and no statistics.
 
 mod cooldown;
+mod rehearsal;
 mod serve;
 mod stationary;
 mod steady;
@@ -130,7 +131,10 @@ fn warm_up(
     trace.clear();
     match workload.static_batch() {
         Some(_) => stationary::warm_up(stage, workload, protocol, trace),
-        None => serve::warm_up(stage, workload, protocol, trace),
+        None => {
+            rehearsal::rehearse(stage, workload, protocol, trace)?;
+            serve::warm_up(stage, workload, protocol, trace)
+        }
     }
 }
 

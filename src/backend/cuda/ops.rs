@@ -13,12 +13,12 @@ use super::launch::{Grid, at, float, int};
 use super::memory::{DeviceBuffer, Element, Transfer};
 use super::module::Graph;
 use super::products::Product;
-use super::queue::{Mode, bucket};
+use super::queue::{Mode, bucket, last_of_each};
 use super::staging::Staged;
 use crate::backend::peaks::Protocol;
 use crate::backend::{
-    AttnIn, Backend, BackendInfo, Batch, BufferUse, Head, Memory, MlpIn, Shape, StepKey, TokenInput,
-    WeightUse,
+    AttnIn, Backend, BackendInfo, Batch, BufferUse, FirstSteps, Head, Memory, MlpIn, Shape, StepKey,
+    TokenInput, WeightUse,
 };
 use crate::record::Ceilings;
 use crate::weights::HostTensor;
@@ -393,6 +393,14 @@ impl Backend for Cuda {
         self.queue.begin(Mode::Queue);
         self.step = Default::default();
         result
+    }
+
+    fn first_steps(&self, most_tokens: usize, most_sequences: usize) -> FirstSteps {
+        let graphs = if self.options.graphs { most_sequences } else { 0 };
+        FirstSteps {
+            prefill_tokens: self.products.tuned_numbers(most_tokens),
+            decode_sequences: last_of_each(1..=graphs, bucket),
+        }
     }
 
     fn sampled(&mut self, out: &mut Vec<u32>) -> anyhow::Result<()> {

@@ -2,12 +2,12 @@
 //! share a tile meet.
 
 use super::context::Properties;
-use super::cublaslt::Large;
+use super::cublaslt::{Large, tuned_rows};
 use super::device::CudaOptions;
 use super::kernels::{Epilogue, Kernels};
 use super::launch::{Grid, at, int};
 use super::memory::DeviceBuffer;
-use super::queue::Queue;
+use super::queue::{Queue, last_of_each};
 use crate::backend::Shape;
 use crate::record::{CublasLt, Maybe};
 
@@ -105,6 +105,14 @@ impl Products {
     /// The library that computes products of many rows; else why our kernels do.
     pub(super) fn record(&self) -> Maybe<CublasLt> {
         self.large.record()
+    }
+
+    /// Numbers of rows up to `most`, one for each choice of an algorithm.
+    pub(super) fn tuned_numbers(&self, most: usize) -> Vec<usize> {
+        match &self.large {
+            Large::Library(_) => last_of_each(STREAM_ROWS + 1..=most, tuned_rows),
+            Large::Own(_) => Vec::new(),
+        }
     }
 
     /// Which implementation runs `product`, for the record.

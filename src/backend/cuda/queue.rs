@@ -3,6 +3,7 @@
 //! grids, addresses and numbers that were captured.
 
 use std::collections::HashMap;
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use super::context::Stream;
@@ -114,9 +115,21 @@ pub(super) fn bucket(sequences: usize) -> usize {
     }
 }
 
+/// Of all `sizes` that are treated alike, the last.
+pub(super) fn last_of_each(sizes: RangeInclusive<usize>, treated_as: impl Fn(usize) -> usize) -> Vec<usize> {
+    let end = *sizes.end();
+    sizes.filter(|&size| size == end || treated_as(size + 1) != treated_as(size)).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn of_sizes_treated_alike_the_last_stands_for_all() {
+        assert_eq!(last_of_each(1..=20, bucket), [1, 2, 4, 8, 16, 20]);
+        assert_eq!(last_of_each(RangeInclusive::new(1, 0), bucket), [0; 0]);
+    }
 
     #[test]
     fn buckets_are_few_and_waste_little() {

@@ -25,7 +25,8 @@ use crate::clock::Clock;
 use crate::record::{self, Maybe};
 
 use library::{Addresses, Handle};
-use shape::{ProductShape, tuned_rows};
+use shape::ProductShape;
+pub(in crate::backend::cuda) use shape::tuned_rows;
 use stored::{Place, Stored};
 use tune::{Choice, Tuner};
 

@@ -84,7 +84,7 @@ pub(super) struct Operands {
 /// above, and of at least 32. Prompts come in any length; so there are four tunings for each doubling of the rows (26
 /// from 65 to 8192), and an algorithm runs on at least four fifths of the rows that it was chosen for (two thirds below
 /// 128). Powers of two, the usual chunks, and the buckets of decode steps up to 512 sequences are tuned as they are.
-pub(super) fn tuned_rows(rows: usize) -> usize {
+pub(in crate::backend::cuda) fn tuned_rows(rows: usize) -> usize {
     rows.next_multiple_of((rows.next_power_of_two() / 8).max(LEAST_STEP))
 }
 
