@@ -31,7 +31,8 @@ const LITTLE_MEMORY: &str = "ulimit -v 4194304";
 /// Files of half a KiB or one, which is too little for a record. The signal is ignored so that the write fails instead,
 /// as on a full disk.
 const FULL_DISK: &str = "ulimit -v 4194304; trap '' XFSZ; ulimit -f 1";
-const PATIENCE: Duration = Duration::from_secs(10);
+/// Enough on a busy machine, and less than the windows of runs that must not begin.
+const PATIENCE: Duration = Duration::from_secs(40);
 
 /// Runs the program, which must refuse: with `code` and one error line that says all of `words`.
 fn assert_refused(folder: &Path, limits: &str, args: &[&str], code: i32, words: &[&str]) {
@@ -414,7 +415,7 @@ fn files_that_are_no_records_are_refused_by_every_verb_that_reads_them() {
 fn a_place_that_cannot_take_the_record_is_refused_before_anything_is_measured() {
     let folder = tempdir().unwrap();
     let model = tiny_model();
-    // A window of an hour: the program would not end in time if it measured first.
+    // A window of 100 s: the program would not end in time if it measured first.
     let run = |limits: &str, out: &str, words: &[&str]| {
         let args = ["run", "-m", model.to_str().unwrap(), "--isl", "8", "--min-seconds", "100", "-o", out];
         assert_refused(
