@@ -656,6 +656,27 @@ fn a_replayed_trace_gives_the_tokens_per_joule_of_the_arithmetic() {
     assert!(record.not_a_measurement.is_some());
 }
 
+#[test]
+fn tokens_of_the_cpu_over_a_replayed_trace_are_tokens_per_second_over_watts() {
+    let folder = tempdir().unwrap();
+    // 40 W, from the beginning of the program to longer than it runs.
+    let lines: String = (0..6000).map(|k| format!("{}.{:02},40\n", k / 100, k % 100)).collect();
+    std::fs::write(folder.path().join("power.csv"), format!("t_s,watts\n{lines}")).unwrap();
+    let model = program::tiny_model();
+    let args = ["run", "--device", "cpu", "-m", model.to_str().unwrap(), "--power", "replay:power.csv"];
+    let load = ["--batch", "2", "--depth", "8", "--osl", "8", "--min-seconds", "1", "-r", "2", "-o", "r.json"];
+    let done = tokmeter(folder.path(), &[&args[..], &load, &["--format", "json"]].concat());
+    assert_eq!(done.code, Some(0), "{done:?}");
+    let record = read(&folder.path().join("r.json")).unwrap();
+    let windows = || record.cells[0].runs.iter().flat_map(|run| &run.windows);
+    let tokens: u64 = windows().map(|window| window.tokens_out).sum();
+    let seconds: f64 = windows().map(|window| (window.t1_ns - window.t0_ns) as f64 / 1e9).sum();
+    let by_hand = tokens as f64 / seconds / 40.0;
+    let summary: serde_json::Value = serde_json::from_str(&done.stdout).unwrap();
+    let found = summary["cells"][0]["tokens_per_joule"].as_f64().unwrap();
+    assert!((found / by_hand - 1.0).abs() < 0.005, "{found} tokens per joule, {by_hand} by hand");
+}
+
 /// What is planted in an energy, and what is said of it.
 type Contradiction = (&'static str, fn(&mut Record));
 
