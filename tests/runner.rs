@@ -222,7 +222,8 @@ impl Engine for Stalling {
 fn a_stall_shows_in_every_request_that_it_delayed() {
     let clock = Clock::scripted();
     // 16 sequences of one 40 ms step: 400 requests a second at most.
-    let service = FakeScript { base_ns: 40 * MS, per_prefill_token_ns: 0, per_decode_token_ns: 0, ..script() };
+    let service =
+        FakeScript { base_ns: 40 * MS, per_prefill_token_ns: 0, per_decode_token_ns: 0, ..script() };
     let inner = FakeEngine::new(service, LIMITS, 1000, clock.clone()).unwrap();
     let engine = Stalling { inner, clock: clock.clone(), stall_at_ns: 7_000 * MS };
     let workload = Workload::ServeOpen { request_rate_per_s: 100.0, isl: 1, osl: 1, requests: 1000 };
