@@ -46,7 +46,7 @@ pub struct Args {
     #[arg(long, value_name = "auto|cpu|cuda:N", default_value = "auto")]
     device: Asked,
     /// Say how power sensors behave: every GPU's by reading it for some seconds; with --device cuda:N or cpu that device's
-    /// under a load that is switched on and off, for minutes
+    /// under a load that is switched on and off, for a minute or two
     #[arg(long)]
     sensors: bool,
     /// Measure what reading the power sensor takes from decode steps: windows with and without it, in random order
