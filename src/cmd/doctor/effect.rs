@@ -13,7 +13,7 @@ use crate::cmd::model::{config_of, name_of};
 use crate::cmd::{bad_file, usage};
 use crate::engine::{Engine, EngineLimits, LlmEngine, Request, StepOutput, pages_needed};
 use crate::machine::Roots;
-use crate::meter::{Absent, Choice, Measured, Piece, PowerMeter, Subject};
+use crate::meter::{Absent, Choice, PowerMeter, Subject};
 use crate::model::{Model, shape_of};
 use crate::record::Maybe;
 use crate::units::format_significant;
@@ -187,6 +187,7 @@ impl Bench {
 
     /// Tokens per second over whole passes, until they have taken `window_ns`. A pass before them is not counted.
     fn window(&mut self, is_reading: bool, window_ns: u64) -> anyhow::Result<f64> {
+        let begin_ns = self.clock.now_ns();
         if is_reading {
             self.meter.begin(&self.clock);
         }
@@ -199,14 +200,8 @@ impl Bench {
         let t1_ns = self.clock.now_ns();
         if is_reading {
             self.meter.end();
-            let pieces = [Piece { begin_ns: t0_ns, end_ns: t1_ns, tokens_in: 0, tokens_out }];
-            let window = Measured { t0_ns, t1_ns, tokens_out, pieces: &pieces };
-            let (energy, _) = self.meter.collect(&self.clock, &window);
-            let cpu_ns = match energy {
-                Maybe::Value(energy) => energy.sampler_cpu_ns,
-                Maybe::Missing(missing) => Maybe::Missing(missing),
-            };
-            self.sampler_cpu.push(cpu_ns.map(|cpu_ns| cpu_ns as f64 / (t1_ns - t0_ns) as f64));
+            let cpu_ns = self.meter.sampler_cpu_ns(&self.clock, (t0_ns, t1_ns));
+            self.sampler_cpu.push(cpu_ns.map(|cpu_ns| cpu_ns as f64 / (t1_ns - begin_ns) as f64));
         }
         Ok(tokens_out as f64 / ((t1_ns - t0_ns) as f64 / 1e9))
     }
