@@ -458,3 +458,54 @@ fn a_run_on_the_emulated_device_meters_what_the_library_for_power_plays() {
     }
     assert_eq!(window.temperature.value().unwrap().max_c, 61.0);
 }
+
+/// The stand-in for NVML draws 100 W, and 300 W more while the emulated GPU runs kernels.
+#[test]
+fn a_sensor_under_the_devices_own_load_shows_its_width_and_that_it_is_straight() {
+    let library = fake_nvml::library(false).to_str().unwrap();
+    let trace = "any_uuid=1;trace=load:100,300;period_ms=20;power_period_ms=20;width_ms=15";
+    let settings = [("TOKMETER_NVML", library), ("FAKE_NVML", trace)];
+    let arguments = ["doctor", "--sensors", "--device", "cuda:0", "--format", "json", "--seconds", "2"];
+    let Some(output) = tokmeter(Build::Plain, &settings, &arguments) else { return };
+    let found: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let probe = &found["sensor_probes"][0];
+    let number = |field: &str| probe[field].as_f64().unwrap_or_else(|| panic!("{field}: {probe:#}"));
+    assert_eq!((&probe["device"], &probe["load"]), (&"cuda:0".into(), &"read".into()));
+    assert!(probe["not_a_measurement"].as_str().unwrap().starts_with("emulated GPU"));
+    assert!((15e6..25e6).contains(&number("update_period_ns")), "{probe:#}");
+    assert!(number("additivity_error_ratio").abs() < 0.02, "{probe:#}");
+    assert!(number("linearity_r2") > 0.999, "{probe:#}");
+    let steps = probe["steps"].as_array().unwrap();
+    assert_eq!(steps.len(), 9);
+    // What was metered is the device's own time at work.
+    for step in steps {
+        let expected_w = 100.0 + 300.0 * step["busy_share"].as_f64().unwrap();
+        let power_w = step["power_w"].as_f64().unwrap();
+        assert!((power_w / expected_w - 1.0).abs() < 0.05, "{step}: expected {expected_w} W");
+    }
+    // On a busy machine the load's edges are blurred, and so is what they show.
+    let width_ms = number("average_width_ns") / 1e6;
+    assert!((5.0..45.0).contains(&width_ms), "{width_ms} ms, expected 15 ms");
+}
+
+#[test]
+fn what_reading_nvml_takes_from_decode_steps_is_measured_on_the_device() {
+    let library = fake_nvml::library(false).to_str().unwrap();
+    let settings = [("TOKMETER_NVML", library), ("FAKE_NVML", "any_uuid=1;trace=constant:300;period_ms=20")];
+    let arguments = ["doctor", "--sampler-effect", "--device", "cuda:0", "--format", "json", "-m", TINY[0]];
+    let windows = ["--seconds", "0.5", "--pairs", "3"];
+    let Some(output) = tokmeter(Build::Plain, &settings, &[&arguments[..], &windows].concat()) else {
+        return;
+    };
+    let found: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let effect = &found["sampler_effect"];
+    assert_eq!((&effect["device"], &effect["source"]), (&"cuda:0".into(), &"nvml_total_energy".into()));
+    assert!(effect["not_a_measurement"].as_str().unwrap().starts_with("emulated GPU"), "{effect}");
+    let change = |field: &str| effect["tokens_per_s_change"][field].as_f64().unwrap();
+    assert!(change("low") <= change("ratio") && change("ratio") <= change("high"), "{effect}");
+    for pair in effect["pairs"].as_array().unwrap() {
+        assert!(pair["reading_tokens_per_s"].as_f64().unwrap() > 0.0, "{pair}");
+    }
+    let share = effect["sampler_cpu_share"].as_f64().unwrap_or_else(|| panic!("{effect}"));
+    assert!(share > 0.0 && share < 0.2, "{share}");
+}

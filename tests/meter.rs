@@ -10,8 +10,8 @@ mod program;
 
 use std::ffi::{CString, c_char};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use fake_nvml::library;
 use libloading::{Library as Loaded, Symbol};
@@ -21,10 +21,10 @@ use tokmeter::analysis;
 use tokmeter::clock::Clock;
 use tokmeter::meter::nvml::{GpuId, Library, NvmlGauge};
 use tokmeter::meter::{
-    Gauge, Hwmon, Measured, Piece, PowerSensor, Quantity, Rapl, Sampled, Sampler, Samples, SensorInfo,
-    assess, conditions, measure_period, probe,
+    CounterReading, Gauge, Hwmon, Measured, Piece, PowerReading, PowerSensor, Quantity, Rapl, Sampled,
+    Sampler, Samples, SensorInfo, Series, assess, conditions, duty, measure_period, probe,
 };
-use tokmeter::record::{Energy, IdlePower, Maybe, Outcome, Record, read, violations};
+use tokmeter::record::{Energy, IdlePower, Maybe, MeteredDevice, Outcome, Record, read, violations};
 
 const S: u64 = 1_000_000_000;
 const MS: u64 = 1_000_000;
@@ -619,6 +619,146 @@ fn energy_grows_in_proportion_to_the_work() {
     assert!(probe::linearity(&points).unwrap() > 0.999, "{points:?}");
 }
 
+/// A device that draws 600 W while a load works and 150 W otherwise, on a scripted clock, and its sensor.
+struct Switched {
+    clock: Clock,
+    /// Beginnings and ends of unbroken work.
+    worked_ns: Arc<Mutex<Vec<(u64, u64)>>>,
+    /// Of the average behind power, which is updated every 100 ms.
+    width_ns: u64,
+    /// The counter's power is the device's to this power.
+    bend: f64,
+    counter: Result<(), String>,
+    begin_ns: u64,
+}
+
+impl Switched {
+    fn new(width_ms: u64) -> Self {
+        Switched {
+            clock: Clock::scripted(),
+            worked_ns: Arc::default(),
+            width_ns: width_ms * MS,
+            bend: 1.0,
+            counter: Ok(()),
+            begin_ns: 0,
+        }
+    }
+
+    fn energy_j(&self, t_ns: u64) -> f64 {
+        let until = |(begin, end): &(u64, u64)| (*end).min(t_ns).saturating_sub(*begin);
+        let busy_ns: u64 = self.worked_ns.lock().unwrap().iter().map(until).sum();
+        150.0 * t_ns as f64 / 1e9 + 450.0 * busy_ns as f64 / 1e9
+    }
+
+    fn power_w(&self, from_ns: u64, to_ns: u64) -> f64 {
+        (self.energy_j(to_ns) - self.energy_j(from_ns)) / ((to_ns - from_ns) as f64 / 1e9)
+    }
+
+    /// Half a millisecond before and after each update.
+    fn counter_readings(&self, t1_ns: u64) -> Vec<CounterReading> {
+        let first = self.begin_ns / (100 * MS) + 1;
+        let (mut energy_uj, mut readings) = (1_000_000u64, Vec::new());
+        for tick_ns in (first..).map(|tick| tick * 100 * MS).take_while(|tick_ns| *tick_ns + MS < t1_ns) {
+            let at =
+                |at_ns, energy_uj| CounterReading { before_ns: at_ns, after_ns: at_ns + 1000, energy_uj };
+            readings.push(at(tick_ns - MS / 2, energy_uj));
+            energy_uj += (self.power_w(tick_ns - 100 * MS, tick_ns).powf(self.bend) * 1e5) as u64;
+            readings.push(at(tick_ns + MS / 2, energy_uj));
+        }
+        readings
+    }
+
+    fn under_load(&mut self) -> duty::UnderLoad {
+        let (clock, worked_ns) = (self.clock.clone(), Arc::clone(&self.worked_ns));
+        clock.advance_ns(10 * S);
+        let mut load = || {
+            let begin_ns = clock.now_ns();
+            clock.advance_ns(MS);
+            let mut worked_ns = worked_ns.lock().unwrap();
+            match worked_ns.last_mut() {
+                Some((_, end_ns)) if *end_ns == begin_ns => *end_ns += MS,
+                _ => worked_ns.push((begin_ns, begin_ns + MS)),
+            }
+            Ok(())
+        };
+        let clock = self.clock.clone();
+        duty::under_load(self, &clock, &mut load, 4 * S).unwrap()
+    }
+}
+
+impl PowerSensor for Switched {
+    fn info(&self) -> SensorInfo {
+        let known = |ns| Maybe::Value(ns);
+        SensorInfo {
+            source: "nvml_total_energy",
+            scope: "gpu",
+            quantity: Quantity::TickingCounter,
+            devices: vec![MeteredDevice {
+                device: "cuda:0".to_owned(),
+                update_period_ns: known(100 * MS),
+                power_limit_w: Maybe::missing("not_known"),
+                shared: Maybe::Value(false),
+            }],
+            systematic_share: Maybe::missing("not_known"),
+            shortest_window_ns: 0,
+            idle_floor_w: None,
+            trace: Maybe::missing("no_trace"),
+        }
+    }
+
+    fn begin(&mut self, clock: &Clock) {
+        self.begin_ns = clock.now_ns();
+    }
+
+    fn end(&mut self) {}
+
+    fn collect(&mut self, _: &Clock, (_, t1_ns): (u64, u64)) -> Samples {
+        let shown = |at_ns: u64| {
+            let updated_ns = at_ns / (100 * MS) * (100 * MS);
+            PowerReading { at_ns, power_w: self.power_w(updated_ns - self.width_ns, updated_ns) }
+        };
+        let times = (0..).map(|k| self.begin_ns + k * 73 * MS).take_while(|at_ns| *at_ns < t1_ns);
+        let series = Series {
+            counter: self.counter.clone().map(|()| self.counter_readings(t1_ns)),
+            power: Ok(times.map(shown).collect()),
+            states: Vec::new(),
+        };
+        Samples { series: vec![series], sampler_cpu_ns: Maybe::missing("no_thread"), clock_stepped: false }
+    }
+}
+
+#[test]
+fn a_load_in_shares_shows_a_straight_sensor_and_a_bent_one() {
+    let found = Switched::new(25).under_load();
+    let steps = found.steps.unwrap();
+    assert_eq!(steps.len(), 9);
+    for (step, eighths) in steps.iter().zip(0..) {
+        // Work comes in whole milliseconds of a period of 93.
+        assert!((step.busy_share - f64::from(eighths) / 8.0).abs() < 0.02, "{step:?}");
+        let expected_w = 150.0 + 450.0 * step.busy_share;
+        assert!((step.power_w / expected_w - 1.0).abs() < 1e-3, "{step:?}, expected {expected_w} W");
+    }
+    assert!(found.linearity_r2.clone().unwrap() > 0.99999, "{:?}", found.linearity_r2);
+    let bent = Switched { bend: 1.5, ..Switched::new(25) }.under_load();
+    assert!(bent.linearity_r2.clone().unwrap() < 0.999, "{:?}", bent.linearity_r2);
+    let silent = Switched { counter: Err("not_supported".to_owned()), ..Switched::new(25) }.under_load();
+    assert_eq!(silent.steps, Err("not_supported".to_owned()));
+    assert_eq!(silent.linearity_r2, Err("not_supported".to_owned()));
+    assert_eq!(silent.average_width, Err("no_reference_power".to_owned()));
+}
+
+#[test]
+fn the_width_of_the_average_is_found_with_a_load_slow_enough_for_it() {
+    for (width_ms, load_period_ms) in [(10, 93), (25, 93), (200, 930), (1000, 4092)] {
+        let found = Switched::new(width_ms).under_load().average_width.unwrap();
+        assert_eq!(found.load_period_ns, load_period_ms * MS, "{width_ms} ms");
+        let allowed_ns = (2 * MS).max(width_ms * MS / 12);
+        assert!(found.width_ns.abs_diff(width_ms * MS) <= allowed_ns, "{found:?}, expected {width_ms} ms");
+    }
+    let wider = Switched::new(5000).under_load().average_width;
+    assert_eq!(wider, Err("average_too_wide".to_owned()));
+}
+
 /// 10 ms a step, 2 ms for each sequence that decodes: 83.3 tokens a second.
 const SCRIPT: &str = r#"{"base_ns":10000000,"per_prefill_token_ns":1000000,"per_decode_token_ns":2000000,"per_context_token_ps":0}"#;
 
@@ -654,6 +794,28 @@ fn a_replayed_trace_gives_the_tokens_per_joule_of_the_arithmetic() {
     assert_eq!(violations(&record), []);
     assert_eq!(record.meter.trace.value().unwrap().name, "power.csv");
     assert!(record.not_a_measurement.is_some());
+}
+
+#[test]
+fn tokens_of_the_cpu_over_a_replayed_trace_are_tokens_per_second_over_watts() {
+    let folder = tempdir().unwrap();
+    // 40 W, from the beginning of the program to longer than it runs.
+    let lines: String = (0..6000).map(|k| format!("{}.{:02},40\n", k / 100, k % 100)).collect();
+    std::fs::write(folder.path().join("power.csv"), format!("t_s,watts\n{lines}")).unwrap();
+    let model = program::tiny_model();
+    let args = ["run", "--device", "cpu", "-m", model.to_str().unwrap(), "--power", "replay:power.csv"];
+    let load =
+        ["--batch", "2", "--depth", "8", "--osl", "8", "--min-seconds", "1", "-r", "2", "-o", "r.json"];
+    let done = tokmeter(folder.path(), &[&args[..], &load, &["--format", "json"]].concat());
+    assert_eq!(done.code, Some(0), "{done:?}");
+    let record = read(&folder.path().join("r.json")).unwrap();
+    let windows = || record.cells[0].runs.iter().flat_map(|run| &run.windows);
+    let tokens: u64 = windows().map(|window| window.tokens_out).sum();
+    let seconds: f64 = windows().map(|window| (window.t1_ns - window.t0_ns) as f64 / 1e9).sum();
+    let by_hand = tokens as f64 / seconds / 40.0;
+    let summary: serde_json::Value = serde_json::from_str(&done.stdout).unwrap();
+    let found = summary["cells"][0]["tokens_per_joule"].as_f64().unwrap();
+    assert!((found / by_hand - 1.0).abs() < 0.005, "{found} tokens per joule, {by_hand} by hand");
 }
 
 /// What is planted in an energy, and what is said of it.
@@ -771,21 +933,21 @@ fn doctor_probes_the_sensors_of_a_gpu() {
     let folder = tempdir().unwrap();
     let run = |library: &Path, settings: &str| {
         let output = assert_cmd::Command::new(BINARY)
-            .args(["doctor", "--device", "cpu", "--sensors", "--format", "json"])
+            .args(["doctor", "--sensors", "--format", "json"])
             .current_dir(folder.path())
             .env("TOKMETER_NVML", library)
             .env("FAKE_NVML", settings)
             .output()
             .unwrap();
         let found: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
-        found["findings"].as_array().unwrap().clone()
+        (found["findings"].as_array().unwrap().clone(), found["sensor_probes"].clone())
     };
     let value = |findings: &[serde_json::Value], what: &str| {
         let finding = findings.iter().find(|finding| finding["what"] == what);
         let finding = finding.unwrap_or_else(|| panic!("{what} is not in {findings:#?}"));
         (finding["status"].as_str().unwrap().to_owned(), finding["value"].as_str().unwrap().to_owned())
     };
-    let findings = run(library(false), "period_ms=50;trace=sine:300,7,0.37");
+    let (findings, probes) = run(library(false), "period_ms=50;trace=sine:300,7,0.37");
     let (status, text) = value(&findings, "gpu:0 counter period");
     assert!(
         status == "ok" && (["48", "49", "50", "51"].iter().any(|start| text.starts_with(start))),
@@ -794,8 +956,65 @@ fn doctor_probes_the_sensors_of_a_gpu() {
     assert_eq!(value(&findings, "gpu:0 energy adds up").0, "ok");
     assert_eq!(value(&findings, "gpu:0 counter against power").0, "ok");
     assert_eq!(value(&findings, "gpu:0 width of the power average").0, "missing");
-    let findings = run(Path::new("/nonexistent/libnvidia-ml.so"), "");
+    let found = &probes[0];
+    assert!((48e6..52e6).contains(&found["update_period_ns"].as_f64().unwrap()), "{found}");
+    assert!(found["additivity_error_ratio"].as_f64().unwrap().abs() <= 1e-3, "{found}");
+    assert!(found["call_p99_ns"].as_u64() >= found["call_median_ns"].as_u64(), "{found}");
+    for field in ["average_width_ns", "width_load_period_ns", "linearity_r2", "steps"] {
+        assert_eq!(found[field]["missing"], "needs_a_load", "{found}");
+    }
+    let (findings, probes) = run(Path::new("/nonexistent/libnvidia-ml.so"), "");
     assert_eq!(value(&findings, "NVML probe").0, "missing");
+    assert!(probes.is_null());
+}
+
+fn doctor(folder: &Path, args: &[&str]) -> serde_json::Value {
+    let done = tokmeter(folder, &[&["doctor", "--device", "cpu", "--format", "json"], args].concat());
+    assert_eq!(done.code, Some(0), "{done:?}");
+    serde_json::from_str(&done.stdout).unwrap()
+}
+
+#[test]
+fn what_reading_a_sensor_takes_is_measured_in_pairs_of_windows() {
+    let folder = tempdir().unwrap();
+    let lines: String = (0..3000).map(|k| format!("{}.{:02},40\n", k / 50, k % 50 * 2)).collect();
+    std::fs::write(folder.path().join("power.csv"), format!("t_s,watts\n{lines}")).unwrap();
+    let model = program::tiny_model();
+    let tiny = ["--sampler-effect", "-m", model.to_str().unwrap(), "--seconds", "0.1", "--pairs", "20"];
+    let found = doctor(folder.path(), &[&tiny[..], &["--power", "replay:power.csv", "--seed", "3"]].concat());
+    let effect = &found["sampler_effect"];
+    let pairs = effect["pairs"].as_array().unwrap();
+    assert_eq!(pairs.len(), 20);
+    let first = pairs.iter().filter(|pair| pair["reading_first"] == true).count();
+    assert!((4..=16).contains(&first), "{first} of 20 began with reading");
+    // The mean of the logarithms and its interval, by hand; t(0.975, 19) = 2.093024.
+    let rate = |pair: &serde_json::Value, field: &str| pair[field].as_f64().unwrap();
+    let logs: Vec<f64> = pairs
+        .iter()
+        .map(|pair| (rate(pair, "reading_tokens_per_s") / rate(pair, "not_reading_tokens_per_s")).ln())
+        .collect();
+    let mean = logs.iter().sum::<f64>() / 20.0;
+    let variance = logs.iter().map(|log| (log - mean).powi(2)).sum::<f64>() / 19.0;
+    let half = 2.093_024 * (variance / 20.0).sqrt();
+    let change = &effect["tokens_per_s_change"];
+    for (field, expected) in [("ratio", mean), ("low", mean - half), ("high", mean + half)] {
+        let found = change[field].as_f64().unwrap();
+        assert!(
+            (found - expected.exp_m1()).abs() < 1e-6,
+            "{field} is {found}, by hand {}",
+            expected.exp_m1()
+        );
+    }
+    // A file is read after the window: nothing can be slower for it.
+    assert!(effect["not_a_measurement"].as_str().unwrap().contains("trace"), "{effect}");
+    assert_eq!(effect["sampler_cpu_share"]["missing"], "no_sampler");
+    assert_eq!((&effect["model"], &effect["weights"]), (&"llama".into(), &"synthetic".into()));
+    let none = doctor(folder.path(), &[&tiny[..], &["--power", "nvml"]].concat());
+    assert!(none.get("sampler_effect").is_none());
+    let finding = none["findings"].as_array().unwrap().iter().find(|finding| finding["what"] == "cpu power");
+    assert_eq!(finding.unwrap()["status"], "missing");
+    let few = tokmeter(folder.path(), &["doctor", "--sampler-effect", "--pairs", "1"]);
+    assert_eq!(few.code, Some(2), "{few:?}");
 }
 
 #[test]

@@ -9,7 +9,7 @@ use tokmeter::engine::{
     Engine, EngineInfo, EngineLimits, FakeEngine, FakeScript, Request, StepOutput, SubmitError,
 };
 use tokmeter::meter::{PowerMeter, PowerSensor, Quantity, Samples, SensorInfo, Series, State};
-use tokmeter::record::{Cell, Maybe, Outcome, Run, Steady, WarmupEnd, Workload};
+use tokmeter::record::{Cell, Maybe, Outcome, RequestRow, Run, Steady, WarmupEnd, Workload};
 use tokmeter::runner::{Protocol, Stage, Witness, measure};
 
 const MS: u64 = 1_000_000;
@@ -183,11 +183,11 @@ fn an_open_loop_that_cannot_keep_up_is_unsustainable_and_bounded() {
     assert!(latest > 1_500 * MS, "the longest wait is {latest} ns");
 }
 
-/// Stalls once, for a second, at the given step.
+/// Stalls once, for a second, before the first step at or after the given time.
 struct Stalling {
     inner: FakeEngine,
     clock: Clock,
-    steps_left: u32,
+    stall_at_ns: u64,
 }
 
 impl Engine for Stalling {
@@ -198,8 +198,8 @@ impl Engine for Stalling {
         self.inner.submit(request)
     }
     fn step(&mut self, output: &mut StepOutput) -> anyhow::Result<bool> {
-        self.steps_left = self.steps_left.wrapping_sub(1);
-        if self.steps_left == 0 {
+        if self.clock.now_ns() >= self.stall_at_ns {
+            self.stall_at_ns = u64::MAX;
             self.clock.advance_ns(1_000 * MS);
         }
         self.inner.step(output)
@@ -221,15 +221,33 @@ impl Engine for Stalling {
 #[test]
 fn a_stall_shows_in_every_request_that_it_delayed() {
     let clock = Clock::scripted();
-    let quick = FakeScript { base_ns: MS, per_prefill_token_ns: 0, per_decode_token_ns: 0, ..script() };
-    let inner = FakeEngine::new(quick, LIMITS, 1000, clock.clone()).unwrap();
-    let engine = Stalling { inner, clock: clock.clone(), steps_left: 300 };
-    let workload = Workload::ServeOpen { request_rate_per_s: 100.0, isl: 8, osl: 1, requests: 300 };
-    let cell = measured_on(engine, clock, workload);
-    let ttft = cell.runs.iter().map(|run| run.latency.ttft.value().unwrap().decode().unwrap());
-    let worst = ttft.map(|histogram| histogram.value_at_quantile(0.99)).max().unwrap();
-    // Coordinated omission would show one slow request among hundreds; about a hundred arrived during the stall.
-    assert!(worst >= 900 * MS, "p99 is {worst} ns");
+    // 16 sequences of one 40 ms step: 400 requests a second at most.
+    let service =
+        FakeScript { base_ns: 40 * MS, per_prefill_token_ns: 0, per_decode_token_ns: 0, ..script() };
+    let inner = FakeEngine::new(service, LIMITS, 1000, clock.clone()).unwrap();
+    let engine = Stalling { inner, clock: clock.clone(), stall_at_ns: 7_000 * MS };
+    let workload = Workload::ServeOpen { request_rate_per_s: 100.0, isl: 1, osl: 1, requests: 1000 };
+    let protocol = Protocol { repeat: 1, min_window_ns: 10_000 * MS, ..PROTOCOL };
+    let cell = measured_by(engine, clock, workload, &protocol);
+    let run = &cell.runs[0];
+    let window = only_window(run);
+    assert!(window.t0_ns < 6_000 * MS && window.t1_ns > 9_000 * MS, "the stall is not inside {window:?}");
+    let seconds = (window.t1_ns - window.t0_ns) as f64 / 1e9;
+    assert!((9.9..13.0).contains(&seconds), "{seconds} s");
+    let p99_ns = run.latency.ttft.value().unwrap().decode().unwrap().value_at_quantile(0.99);
+    assert!(p99_ns >= 900 * MS, "p99 is {p99_ns} ns");
+    // The rows say the same, and how a stall hides when time counts from the submission.
+    let p99 = |mut waits_ns: Vec<u64>| {
+        waits_ns.sort_unstable();
+        waits_ns[(waits_ns.len() as f64 * 0.99).ceil() as usize - 1] as f64
+    };
+    let first_ns = |row: &RequestRow| *row.first_token_ns.value().unwrap();
+    let from_arrival_ns = p99(run.requests.iter().map(|row| first_ns(row) - row.arrival_ns).collect());
+    assert_within_a_thousandth(p99_ns as f64, from_arrival_ns);
+    let delayed = run.requests.iter().filter(|row| first_ns(row) - row.arrival_ns > 200 * MS).count();
+    assert!((60..250).contains(&delayed), "{delayed} of {} requests waited", run.requests.len());
+    let from_submission_ns = p99(run.requests.iter().map(|row| first_ns(row) - row.submitted_ns).collect());
+    assert!(from_submission_ns < 0.6 * from_arrival_ns, "{from_submission_ns} ns from the submission");
 }
 
 #[test]

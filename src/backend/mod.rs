@@ -315,4 +315,17 @@ pub trait Backend {
         let _ = protocol;
         Ok(Ceilings::missing("no_device"))
     }
+
+    /// Lends `user` a moment of steady work, to be called again and again; the memory that takes is given back.
+    /// `false` where the backend has none to lend, and `user` was not called.
+    ///
+    /// # Errors
+    /// When the device fails, or its memory is too full; else those of `user`.
+    fn lend_load(
+        &mut self,
+        user: &mut dyn FnMut(&mut peaks::Load<'_>) -> anyhow::Result<()>,
+    ) -> anyhow::Result<bool> {
+        let _ = user;
+        Ok(false)
+    }
 }

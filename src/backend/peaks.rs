@@ -1,6 +1,7 @@
 //! How a ceiling is found, on any device: work of one kind is repeated, each repetition long enough that starting and
 //! waiting for it do not count, and the best that is sustained over three repetitions in a row is the ceiling. What
-//! the work is stands in each backend's `peaks`; what the ceilings are used for is decided above.
+//! the work is stands in each backend's `peaks`; what the ceilings are used for is decided above. The same work is lent
+//! to who needs a load that can be switched.
 
 use crate::clock::Clock;
 use crate::record::{Ceiling, Maybe};
@@ -35,6 +36,9 @@ pub struct Protocol {
     /// Only the probes of arithmetic: the others are known for this device.
     pub arithmetic_only: bool,
 }
+
+/// A moment of steady work, a few milliseconds at most where the device is fast enough; returns when it is done.
+pub type Load<'a> = dyn FnMut() -> anyhow::Result<()> + 'a;
 
 /// Repetitions of one kind of work.
 #[derive(Clone, Debug, PartialEq, Eq)]

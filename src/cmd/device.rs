@@ -7,6 +7,7 @@ use super::{remark, usage};
 use crate::backend::cpu;
 use crate::backend::cuda::library::{self, Device};
 use crate::backend::{BackendInfo, CpuDType, Cuda, CudaDType, CudaOptions, Gemm};
+use crate::meter::nvml::GpuId;
 
 /// Most threads that make sense to ask for.
 const MOST_THREADS: usize = 4096;
@@ -150,6 +151,13 @@ pub(super) fn memory_bytes(index: u32) -> anyhow::Result<u64> {
     let device = devices.into_iter().find(|device| device.index == index);
     let device = device.ok_or_else(|| anyhow::anyhow!("there is no device cuda:{index}"))?;
     Ok(device.memory_bytes?)
+}
+
+/// `cuda:index` as NVML knows it, where the driver gives its identity.
+pub(super) fn gpu_id(index: u32) -> Option<GpuId> {
+    let devices = library::devices().unwrap_or_default();
+    let uuid = devices.into_iter().find(|device| device.index == index).and_then(|device| device.uuid.ok());
+    uuid.map(|uuid| GpuId { name: format!("cuda:{index}"), uuid })
 }
 
 /// The first device that the kernels are made for; else why there is none.

@@ -9,11 +9,12 @@ use crate::cmd::{bad_file, print, remark};
 use crate::record::{self, Maybe, Record};
 use crate::{analysis, report};
 
-/// Turn records into a Markdown document, or into one self-contained HTML page with plots
+/// Turn records into a Markdown document, into one self-contained HTML page with plots, or into JSON
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  tokmeter report tokmeter-cpu-20261122T101112Z.json\n  \
     tokmeter report results/*/*.json --out report.md\n  \
-    tokmeter report before.json after.json --out page.html\n  tokmeter report record.json --cost costs/rental-h100.toml")]
+    tokmeter report before.json after.json --out page.html\n  tokmeter report record.json --format json\n  \
+    tokmeter report record.json --cost costs/rental-h100.toml")]
 pub struct Args {
     /// Record files
     #[arg(required = true, value_name = "FILE")]
@@ -36,6 +37,8 @@ pub struct Args {
 enum Format {
     Markdown,
     Html,
+    /// What follows from each record, a list of what `run --format json` prints
+    Json,
 }
 
 impl Format {
@@ -64,6 +67,7 @@ pub fn run(args: Args) -> anyhow::Result<u8> {
     let text = match args.format.unwrap_or_else(|| Format::of(args.out.as_deref())) {
         Format::Markdown => report::document(&records),
         Format::Html => report::page(&records)?,
+        Format::Json => report::json_list(&records)?,
     };
     match &args.out {
         None => print(&text)?,

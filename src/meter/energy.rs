@@ -82,15 +82,44 @@ pub fn mean_power(
     t0_ns: u64,
     t1_ns: u64,
 ) -> Result<(f64, f64), Reason> {
+    metered(info, samples, t0_ns, t1_ns).map(|metered| (metered.power_w, metered.uncertainty_w))
+}
+
+/// Mean power of all devices, each between its own readings.
+pub(super) struct Metered {
+    /// The first device's readings.
+    pub(super) t_a_ns: u64,
+    pub(super) t_b_ns: u64,
+    pub(super) power_w: f64,
+    pub(super) uncertainty_w: f64,
+}
+
+/// Mean power over an interval, and between which readings it was metered.
+///
+/// # Errors
+/// As [`mean_power`].
+pub(super) fn metered(
+    info: &SensorInfo,
+    samples: &Samples,
+    t0_ns: u64,
+    t1_ns: u64,
+) -> Result<Metered, Reason> {
     let window = Measured { t0_ns, t1_ns, tokens_out: 0, pieces: &[] };
-    let (mut power_w, mut uncertainty_w) = (0.0, 0.0);
-    for (device, series) in samples.series.iter().enumerate() {
-        let part = part(info, device, series, &window)?;
+    let parts = samples.series.iter().enumerate().map(|(device, series)| part(info, device, series, &window));
+    let parts = parts.collect::<Result<Vec<Part>, Reason>>()?;
+    let first = parts.first().ok_or("no_reading")?;
+    let mut found = Metered {
+        t_a_ns: first.record.t_a_ns,
+        t_b_ns: first.record.t_b_ns,
+        power_w: 0.0,
+        uncertainty_w: 0.0,
+    };
+    for part in &parts {
         let own_s = seconds(part.record.t_a_ns, part.record.t_b_ns);
-        power_w += part.record.energy_j / own_s;
-        uncertainty_w += part.uncertainty_j / own_s;
+        found.power_w += part.record.energy_j / own_s;
+        found.uncertainty_w += part.uncertainty_j / own_s;
     }
-    if power_w > 0.0 { Ok((power_w, uncertainty_w)) } else { Err("no_reading".to_owned()) }
+    if found.power_w > 0.0 { Ok(found) } else { Err("no_reading".to_owned()) }
 }
 
 fn part(info: &SensorInfo, device: usize, series: &Series, window: &Measured<'_>) -> Result<Part, Reason> {

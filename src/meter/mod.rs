@@ -8,6 +8,7 @@ mod absent;
 mod conditions;
 pub mod counter;
 mod cpu_time;
+pub mod duty;
 mod energy;
 mod hwmon;
 pub mod integral;

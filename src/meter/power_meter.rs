@@ -151,6 +151,14 @@ impl PowerMeter {
         }
     }
 
+    /// CPU time of the thread that has read the sensor since [`PowerMeter::begin`].
+    pub fn sampler_cpu_ns(&mut self, clock: &Clock, window_ns: (u64, u64)) -> Maybe<u64> {
+        match &mut self.sensor {
+            Ok(sensor) => sensor.collect(clock, window_ns).sampler_cpu_ns,
+            Err(absent) => Maybe::missing(&*absent.reason),
+        }
+    }
+
     /// The device's temperature, watched for `TEMPERATURE_NS`.
     pub fn temperature_c(&mut self, clock: &Clock) -> Maybe<f64> {
         self.begin(clock);

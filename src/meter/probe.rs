@@ -1,6 +1,6 @@
 //! How a sensor behaves, found out by reading it: how often its counter is updated, in which units, how long a call
-//! takes, how wide the average behind its power is, whether energy adds up. What needs a known load is given one.
-//! The arithmetic is pure functions of readings.
+//! takes, whether energy adds up; and the arithmetic of what only a load shows, which [`super::duty`] brings. The
+//! arithmetic is pure functions of readings.
 
 use super::counter::{self, Update};
 use super::integral::integrate;
@@ -28,7 +28,7 @@ pub struct Probe {
     pub additivity_error: Result<f64, Reason>,
 }
 
-/// Reads one device without a load of our own; takes about ten seconds.
+/// Reads one device, whatever it does; takes about ten seconds.
 pub fn probe(gauge: &mut dyn Gauge, clock: &Clock, info: &SensorInfo, device: usize) -> Probe {
     let polled = match info.quantity {
         Quantity::Power => Err("no_counter".to_owned()),
@@ -115,23 +115,28 @@ fn watch_halves(
 /// `too_few_readings`, `no_contrast` when the readings do not show two powers, `average_too_wide` when hardly any reading
 /// is at either of them.
 pub fn average_width_ns(readings: &[PowerReading], load_period_ns: u64) -> Result<u64, Reason> {
-    if readings.len() < 100 {
-        return Err("too_few_readings".to_owned());
-    }
-    let mut powers: Vec<f64> = readings.iter().map(|reading| reading.power_w).collect();
-    powers.sort_by(f64::total_cmp);
-    let (low_w, high_w) = (powers[powers.len() / 50], powers[powers.len() - 1 - powers.len() / 50]);
+    let (low_w, high_w) = plateaus_w(readings).ok_or("too_few_readings")?;
     let span_w = high_w - low_w;
     if span_w <= 0.05 * high_w {
         return Err("no_contrast".to_owned());
     }
     // The middle eight tenths of the flanks, since noise blurs where they begin and end.
-    let between = powers.iter().filter(|w| (low_w + 0.1 * span_w..high_w - 0.1 * span_w).contains(w)).count();
-    let share = between as f64 / powers.len() as f64 / 0.8;
+    let flank_w = low_w + 0.1 * span_w..high_w - 0.1 * span_w;
+    let between = readings.iter().filter(|reading| flank_w.contains(&reading.power_w)).count();
+    let share = between as f64 / readings.len() as f64 / 0.8;
     if share > 0.9 {
         return Err("average_too_wide".to_owned());
     }
     Ok((share * load_period_ns as f64 / 2.0) as u64)
+}
+
+/// The powers between which a load switches, W, without the outermost two hundredths on either side. None for fewer than
+/// a hundred readings.
+pub(super) fn plateaus_w(readings: &[PowerReading]) -> Option<(f64, f64)> {
+    let mut powers: Vec<f64> = readings.iter().map(|reading| reading.power_w).collect();
+    powers.sort_by(f64::total_cmp);
+    let cut = powers.len() / 50;
+    (powers.len() >= 100).then(|| (powers[cut], powers[powers.len() - 1 - cut]))
 }
 
 /// R² of energies against the number of equal pieces of work that each was for.

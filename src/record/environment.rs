@@ -1,94 +1,10 @@
 //! What the GPU's driver says of a GPU: how it is set up, found once, and what changes while it works, read before and
-//! after each cell. And for every part of a record that describes the surroundings, what a difference in it means.
+//! after each cell.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::Maybe;
-
-/// What a difference between two records means.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum EnvironmentClass {
-    /// Which machine it is: two records that differ here are of different things.
-    Identity,
-    /// Changes when a driver, firmware or kernel is updated: expected when that is what is examined.
-    Expected,
-    /// Could explain a difference in speed by itself.
-    Suspicious,
-    /// Changes all the time; says what a window was like.
-    Dynamic,
-    /// A counter: what counts is its growth over a cell.
-    Delta,
-}
-
-use EnvironmentClass::{Delta, Dynamic, Expected, Identity, Suspicious};
-
-/// JSON pointers into a record, `*` for every element, and their classes. Where several fit the longest counts.
-const CLASSES: [(&str, EnvironmentClass); 57] = [
-    ("/session/boot_id", Dynamic),
-    ("/session/driver_loaded_at", Dynamic),
-    ("/session/driver_loaded_by", Dynamic),
-    ("/machine/host", Suspicious),
-    ("/machine/host/architecture", Identity),
-    ("/machine/host/boot_id", Dynamic),
-    ("/machine/host/board_product", Identity),
-    ("/machine/host/board_vendor", Identity),
-    ("/machine/host/hostname", Identity),
-    ("/machine/host/os", Identity),
-    ("/machine/host/uptime_s", Dynamic),
-    ("/machine/cpu", Suspicious),
-    ("/machine/cpu/model", Identity),
-    ("/machine/cpu/physical_cores", Identity),
-    ("/machine/cpu/sockets", Identity),
-    ("/machine/cpu/vendor", Identity),
-    ("/machine/memory", Suspicious),
-    ("/machine/memory/available_bytes", Dynamic),
-    ("/machine/memory/swap_used_bytes", Dynamic),
-    ("/machine/memory/total_bytes", Identity),
-    ("/machine/limits", Suspicious),
-    ("/machine/load", Dynamic),
-    ("/machine/software", Identity),
-    ("/machine/env", Suspicious),
-    ("/machine/gpu_driver", Expected),
-    ("/machine/gpus/*/compute_capability", Identity),
-    ("/machine/gpus/*/memory_bytes", Identity),
-    ("/machine/gpus/*/name", Identity),
-    ("/machine/gpus/*/uuid", Identity),
-    ("/machine/gpus/*/setup", Suspicious),
-    ("/machine/gpus/*/setup/board_part_number", Identity),
-    ("/machine/gpus/*/setup/cuda_cores", Identity),
-    ("/machine/gpus/*/setup/gsp_firmware", Expected),
-    ("/machine/gpus/*/setup/gsp_firmware_enabled", Expected),
-    ("/machine/gpus/*/setup/memory_bus_bits", Identity),
-    ("/machine/gpus/*/setup/pci_address", Identity),
-    ("/machine/gpus/*/setup/pci_device_id", Identity),
-    ("/machine/gpus/*/setup/pci_subsystem_id", Identity),
-    ("/machine/gpus/*/setup/serial", Identity),
-    ("/engine/kernels/architecture", Identity),
-    ("/engine/kernels/origins", Expected),
-    ("/engine/kernels/resources", Expected),
-    ("/cells/*/gpus/*/*/processes", Suspicious),
-    ("/cells/*/gpus/*/*/pcie_generation", Suspicious),
-    ("/cells/*/gpus/*/*/pcie_width", Suspicious),
-    ("/cells/*/gpus/*/*/nvlinks_active", Suspicious),
-    ("/cells/*/gpus/*/*/clocks", Dynamic),
-    ("/cells/*/gpus/*/*/performance_state", Dynamic),
-    ("/cells/*/gpus/*/*/clock_reasons_mask", Dynamic),
-    ("/cells/*/gpus/*/*/clock_events", Delta),
-    ("/cells/*/gpus/*/*/ecc", Delta),
-    ("/cells/*/gpus/*/*/pages", Delta),
-    ("/cells/*/gpus/*/*/pcie_replays", Delta),
-    ("/cells/*/gpus/*/*/nvlink_errors", Delta),
-    ("/cells/*/gpus/*/*/xids", Delta),
-    ("/cells/*/runs/*/windows/*/clocks", Dynamic),
-    ("/cells/*/runs/*/windows/*/clock_events", Delta),
-];
-
-/// Every place that describes the surroundings, as a JSON pointer with `*` for any element, and its class. A place that
-/// is not listed itself has the class of the longest listed place that contains it.
-pub fn classes() -> &'static [(&'static str, EnvironmentClass)] {
-    &CLASSES
-}
 
 /// How a GPU is set up, as NVML shows it; found before the first cell.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]

@@ -4,6 +4,7 @@
 
 mod ceilings;
 mod cell;
+mod classes;
 mod cost;
 mod cublaslt;
 pub mod environment;
@@ -28,6 +29,7 @@ pub use cell::{
     Cell, Check, ClockEvents, Clocks, Cooldown, DeviceEnergy, Drain, Energy, Outcome, RequestRow, Run,
     Steady, Temperature, Thermal, Warmup, WarmupEnd, Window, WindowEnd, Workload,
 };
+pub use classes::{ClassRow, EnvironmentClass, classes};
 pub use cost::{Amount, Converted, CostMode, CostModel, Currency, EnergyPrice, ExchangeRate, Usage};
 pub use cublaslt::{Chosen, CublasLt, TunedProduct};
 pub use histogram::{Latency, LatencyHistogram, merge as merge_histograms};

@@ -2,13 +2,22 @@
 
 use serde::Serialize;
 
-use crate::analysis::{CellSummary, Quantiles, Summary};
-use crate::record::Maybe;
+use crate::analysis::{CellSummary, Quantiles, Summary, summarize};
+use crate::record::{Maybe, Record};
 
 /// # Errors
 /// When a number cannot be written as JSON.
 pub fn json(summary: &Summary) -> serde_json::Result<String> {
     Ok(serde_json::to_string_pretty(summary)? + "\n")
+}
+
+/// The summaries of several records, in their order.
+///
+/// # Errors
+/// When a number cannot be written as JSON.
+pub fn json_list(records: &[Record]) -> serde_json::Result<String> {
+    let summaries: Vec<Summary> = records.iter().map(summarize).collect();
+    Ok(serde_json::to_string_pretty(&summaries)? + "\n")
 }
 
 /// A cell with what it belongs to, so that lines of several records can be put together.

@@ -1,7 +1,7 @@
 //! A stand-in for `libnvidia-ml.so.1`, built by the tests with `rustc --crate-type cdylib`. It plays a known power over
 //! time, on a clock that it is given or on the machine's own, with the habits and the faults of real drivers: a counter
 //! that is updated from time to time, power averaged over a part of that time, slow calls, renumbered fields, withdrawn
-//! functions. `fake_configure` takes `key=value` pairs separated by `;`, and so does the variable `FAKE_NVML`.
+//! functions. The power may also be that of the emulated GPU's own load. `fake_configure` takes `key=value` pairs separated by `;`, and so does the variable `FAKE_NVML`.
 //!
 //! With `--cfg withdrawn` the functions that NVIDIA has withdrawn, and those of `environment`, are not there at all.
 
@@ -112,8 +112,52 @@ fn energy_j(state: &State, t: f64) -> f64 {
             let whole = (at / n[2]).floor();
             n[0] * t + (n[1] - n[0]) * (whole * n[2] * n[3] + (at - whole * n[2]).min(n[2] * n[3]))
         }
+        // n0, and n1 more while the emulated GPU runs kernels.
+        "load" => n[0] * t + n[1] * busy_s(t),
         other => panic!("no trace {other}"),
     }
+}
+
+/// Time, and how long the emulated GPU had run kernels by then, seconds; written down every millisecond.
+static HISTORY: Mutex<Vec<(f64, f64)>> = Mutex::new(Vec::new());
+
+unsafe extern "C" {
+    fn dlopen(file: *const c_char, flags: c_int) -> *mut c_void;
+    fn dlsym(library: *mut c_void, name: *const c_char) -> *mut c_void;
+}
+
+/// Busy time at `t`, straight between what was written down. The first caller starts the writer.
+fn busy_s(t: f64) -> f64 {
+    static WRITER: std::sync::Once = std::sync::Once::new();
+    WRITER.call_once(|| {
+        HISTORY.lock().unwrap().push((now_s(), 0.0));
+        std::thread::spawn(|| {
+            let mut busy_ns: Option<extern "C" fn() -> u64> = None;
+            loop {
+                busy_ns = busy_ns.or_else(emulated_busy_ns);
+                let point = (now_s(), busy_ns.map_or(0.0, |busy_ns| busy_ns() as f64 / 1e9));
+                HISTORY.lock().unwrap().push(point);
+                std::thread::sleep(std::time::Duration::from_millis(1));
+            }
+        });
+    });
+    let history = HISTORY.lock().unwrap();
+    let after = history.partition_point(|(at_s, _)| *at_s <= t);
+    match (history.get(after.wrapping_sub(1)), history.get(after)) {
+        (Some((t0, b0)), Some((t1, b1))) => b0 + (b1 - b0) * (t - t0) / (t1 - t0),
+        (Some((_, b0)), None) => *b0,
+        (None, _) => 0.0,
+    }
+}
+
+/// The function of the stand-in driver, once the program has loaded it.
+fn emulated_busy_ns() -> Option<extern "C" fn() -> u64> {
+    const LAZY_AND_NOT_ANEW: c_int = 1 | 4;
+    let found = unsafe {
+        let driver = dlopen(c"libcuda.so.1".as_ptr(), LAZY_AND_NOT_ANEW);
+        if driver.is_null() { std::ptr::null_mut() } else { dlsym(driver, c"emu_busy_ns".as_ptr()) }
+    };
+    (!found.is_null()).then(|| unsafe { std::mem::transmute::<*mut c_void, extern "C" fn() -> u64>(found) })
 }
 
 fn index(device: *mut c_void) -> usize {

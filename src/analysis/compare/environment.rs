@@ -1,14 +1,16 @@
 //! The environment gate: every fact of a record that may explain a difference, what a change of it means, and what a
-//! user may declare. A fact that a later version adds is suspicious until a row of [`ROWS`] says otherwise.
+//! user may declare. What a change means stands in the record's table of classes; a fact that a later version adds is
+//! suspicious until a row there says otherwise.
 
 use std::collections::BTreeSet;
+use std::sync::LazyLock;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::sample::{Sample, printable};
-use crate::record::{Record, hashed_identity};
+use crate::record::{ClassRow, EnvironmentClass, Record, classes, hashed_identity};
 
 /// What a change of a fact means for a comparison.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, JsonSchema)]
@@ -28,6 +30,19 @@ pub enum Class {
 
 use Class::{Dynamic, Expected, Identity, Meter, Suspicious};
 
+impl From<EnvironmentClass> for Class {
+    fn from(class: EnvironmentClass) -> Self {
+        match class {
+            EnvironmentClass::Identity => Identity,
+            EnvironmentClass::Suspicious => Suspicious,
+            EnvironmentClass::Expected => Expected,
+            EnvironmentClass::Meter => Meter,
+            // Counters grow; which of them grew too much is said elsewhere.
+            EnvironmentClass::Dynamic | EnvironmentClass::Delta => Dynamic,
+        }
+    }
+}
+
 /// What `--changing` can declare, and what it stands for.
 pub const GROUPS: [(&str, &str); 10] = [
     ("driver", "the GPU's driver (always expected)"),
@@ -42,94 +57,21 @@ pub const GROUPS: [(&str, &str); 10] = [
     ("kernels", "how the GPU's kernels were compiled and are launched, and its libraries"),
 ];
 
-/// Facts by the place in the record, most of them whole branches: the longest that fits decides. `machine.gpus` appears
-/// as `gpu`, reduced to the devices that were used.
-const ROWS: &[(&str, Class, &str)] = &[
-    ("gpu.name", Identity, ""),
-    ("gpu.uuid", Identity, ""),
-    ("gpu.compute_capability", Identity, ""),
-    // What the driver leaves to programs.
-    ("gpu.memory_bytes", Expected, "driver"),
-    ("gpu.index", Dynamic, ""),
-    ("gpu.setup.gsp_firmware", Expected, "driver"),
-    ("gpu.setup.vbios", Suspicious, "firmware"),
-    ("gpu.setup", Suspicious, "power"),
-    ("gpu", Suspicious, ""),
-    ("machine.gpu_driver", Expected, "driver"),
-    ("machine.host.os", Identity, ""),
-    ("machine.host.architecture", Identity, ""),
-    ("machine.host.board_vendor", Identity, ""),
-    ("machine.host.board_product", Identity, ""),
-    ("machine.host.firmware_version", Suspicious, "firmware"),
-    ("machine.host.container", Suspicious, "limits"),
-    ("machine.host.hypervisor", Suspicious, "limits"),
-    ("machine.host.hostname", Dynamic, ""),
-    ("machine.host.boot_id", Dynamic, ""),
-    ("machine.host.uptime_s", Dynamic, ""),
-    ("machine.host", Suspicious, "kernel"),
-    ("machine.cpu.model", Identity, ""),
-    ("machine.cpu.vendor", Identity, ""),
-    ("machine.cpu.sockets", Identity, ""),
-    ("machine.cpu.caches", Identity, ""),
-    ("machine.cpu.last_level_cache_bytes", Identity, ""),
-    ("machine.cpu.microcode", Suspicious, "firmware"),
-    ("machine.cpu.mitigations", Suspicious, "kernel"),
-    ("machine.cpu", Suspicious, "cpu"),
-    // A kernel keeps a little more or less for itself at each boot.
-    ("machine.memory.total_bytes", Dynamic, ""),
-    ("machine.memory.available_bytes", Dynamic, ""),
-    ("machine.memory.swap_used_bytes", Dynamic, ""),
-    ("machine.memory", Suspicious, "memory"),
-    ("machine.limits", Suspicious, "limits"),
-    ("machine.load", Dynamic, ""),
-    // The same sources and compiler in another folder give another file.
-    ("machine.software.binary_sha256", Suspicious, "tool"),
-    ("machine.software", Identity, "tool"),
-    ("machine.env", Suspicious, "env"),
-    ("machine", Suspicious, ""),
-    ("tool", Identity, "tool"),
-    // What a file is called.
-    ("model.name", Dynamic, ""),
-    ("model.weights.files.name", Dynamic, ""),
-    ("model", Identity, ""),
-    ("engine.device", Suspicious, ""),
-    ("engine.threads", Suspicious, "cpu"),
-    ("engine.max_batch", Suspicious, ""),
-    // Made as large as the cells, or as the free memory.
-    ("engine.kv_pages", Dynamic, ""),
-    ("engine.kv_bytes", Dynamic, ""),
-    ("engine.max_context_tokens", Dynamic, ""),
-    ("engine.activations_bytes", Dynamic, ""),
-    ("engine.clock_overhead_ns", Dynamic, ""),
-    ("engine.load_ns", Dynamic, ""),
-    ("engine.kernels.architecture", Identity, ""),
-    ("engine.kernels.deterministic", Identity, ""),
-    ("engine.kernels", Suspicious, "kernels"),
-    // Which algorithms a library takes, and how long it took to choose, is its own affair.
-    ("engine.cublaslt.products", Dynamic, ""),
-    ("engine.cublaslt.tuning_ns", Dynamic, ""),
-    ("engine.cublaslt", Suspicious, "kernels"),
-    ("engine.name", Identity, ""),
-    ("engine.backend", Identity, ""),
-    ("engine.compute_dtype", Identity, ""),
-    ("engine.kv_dtype", Identity, ""),
-    ("engine.chunk_tokens", Identity, ""),
-    ("engine.page_size_tokens", Identity, ""),
-    ("engine.stop_tokens_ignored", Identity, ""),
-    ("engine.sampling", Identity, ""),
-    ("engine", Suspicious, ""),
-    // What the sensor read or was found to do; its limit of power is the machine's.
-    ("meter.idle_no_context", Dynamic, ""),
-    ("meter.idle_context_resident", Dynamic, ""),
-    ("meter.systematic_share", Dynamic, ""),
-    ("meter.devices.update_period_ns", Dynamic, ""),
-    ("meter.devices.power_limit_w", Suspicious, "power"),
-    ("meter.devices.shared", Suspicious, "power"),
-    ("meter.trace", Dynamic, ""),
-    ("meter", Meter, ""),
-    ("command.seed", Identity, ""),
-    ("command.min_seconds", Suspicious, ""),
-];
+/// The record's table of classes, by places as facts have them: `machine.gpus` appears as `gpu`, reduced to the devices
+/// that were used.
+static ROWS: LazyLock<Vec<(String, Class, &str)>> = LazyLock::new(|| {
+    let row = |(pointer, class, group): &ClassRow| (place_of(pointer), Class::from(*class), *group);
+    classes().iter().map(row).collect()
+});
+
+/// The place that a JSON pointer with `*` for list elements names: `gpu.setup.vbios`.
+fn place_of(pointer: &str) -> String {
+    let place = pointer.trim_start_matches('/').replace("/*", "").replace('/', ".");
+    match place.strip_prefix("machine.gpus") {
+        Some(rest) => format!("gpu{rest}"),
+        None => place,
+    }
+}
 
 /// One fact of one record.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -414,7 +356,7 @@ mod tests {
 
     #[test]
     fn every_group_of_a_row_can_be_declared() {
-        for (path, _, group) in ROWS {
+        for (path, _, group) in ROWS.iter() {
             assert!(group.is_empty() || GROUPS.iter().any(|(name, _)| name == group), "{path}: {group}");
         }
         for (name, _) in GROUPS {

@@ -3,11 +3,13 @@
 
 mod distributions;
 mod families;
+mod paired;
 mod ranks;
 mod special;
 
 pub use distributions::{TQuantiles, binomial_cdf, f_cdf, normal_cdf, normal_quantile, t_cdf, t_quantile};
 pub use families::{benjamini_hochberg, holm};
+pub use paired::{Change, paired_change};
 pub use ranks::{far_from_median, mann_whitney, median, quantile, quantile_ranks};
 
 /// Arithmetic mean; 0 of nothing.

@@ -17,7 +17,7 @@ use rayon::prelude::*;
 use self::attention::LayerKv;
 use self::product::product;
 pub use self::weight::CpuWeight;
-use super::peaks::Protocol;
+use super::peaks::{Load, Protocol};
 use super::sampling::{self, SampleQueue};
 use super::{
     AttnIn, Backend, BackendInfo, Batch, BufferUse, Head, Memory, MlpIn, Shape, StepKey, TokenInput,
@@ -405,5 +405,12 @@ impl Backend for Cpu {
 
     fn ceilings(&mut self, protocol: &Protocol) -> anyhow::Result<Ceilings> {
         peaks::ceilings(protocol)
+    }
+
+    fn lend_load(
+        &mut self,
+        user: &mut dyn FnMut(&mut Load<'_>) -> anyhow::Result<()>,
+    ) -> anyhow::Result<bool> {
+        peaks::lend_load(user)
     }
 }

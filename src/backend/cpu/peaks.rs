@@ -3,12 +3,12 @@
 use std::borrow::Cow;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use anyhow::ensure;
+use anyhow::{Context as _, ensure};
 
 use super::{CpuDType, CpuWeight, product};
 use crate::arch::TensorRole;
 use crate::backend::WeightUse;
-use crate::backend::peaks::{Kind, Protocol, TOO_LITTLE, Timed, Work};
+use crate::backend::peaks::{Kind, Load, Protocol, TOO_LITTLE, Timed, Work};
 use crate::record::{Ceiling, Ceilings, Maybe};
 use crate::weights::{HostTensor, StoredDType};
 
@@ -141,6 +141,20 @@ fn square_product(protocol: &Protocol) -> anyhow::Result<Maybe<Ceiling>> {
         }
     }
     Ok(found)
+}
+
+/// Side of the product that is lent as a load: some milliseconds on a core.
+const LOAD_SIDE: usize = 512;
+
+/// Lends a square product.
+///
+/// # Errors
+/// When there is no memory for it, or a product fails; else those of `user`.
+pub(super) fn lend_load(user: &mut dyn FnMut(&mut Load<'_>) -> anyhow::Result<()>) -> anyhow::Result<bool> {
+    let square = Square::new(LOAD_SIDE)?.context("the host has no memory for a load")?;
+    let (mut sums, mut y) = (Vec::new(), vec![0f32; LOAD_SIDE * LOAD_SIDE]);
+    user(&mut || product(&square.weight, &square.x, LOAD_SIDE, &mut sums, &mut y))?;
+    Ok(true)
 }
 
 /// A square product, ready to run.

@@ -15,7 +15,7 @@ use super::module::Graph;
 use super::products::Product;
 use super::queue::{Mode, bucket, last_of_each};
 use super::staging::Staged;
-use crate::backend::peaks::Protocol;
+use crate::backend::peaks::{Load, Protocol};
 use crate::backend::{
     AttnIn, Backend, BackendInfo, Batch, BufferUse, FirstSteps, Head, Memory, MlpIn, Shape, StepKey,
     TokenInput, WeightUse,
@@ -439,6 +439,13 @@ impl Backend for Cuda {
 
     fn ceilings(&mut self, protocol: &Protocol) -> anyhow::Result<Ceilings> {
         self.measured_ceilings(protocol)
+    }
+
+    fn lend_load(
+        &mut self,
+        user: &mut dyn FnMut(&mut Load<'_>) -> anyhow::Result<()>,
+    ) -> anyhow::Result<bool> {
+        self.lend_reading(user)
     }
 }
 

@@ -5,6 +5,8 @@
 
 use std::sync::Arc;
 
+use anyhow::ensure;
+
 use super::context::Stream;
 use super::device::Cuda;
 use super::error::OutOfMemory;
@@ -13,7 +15,7 @@ use super::launch::{Argument, Grid, at, float, int};
 use super::memory::{DeviceBuffer, Element, Pinned};
 use super::module::{Graph, Kernel};
 use super::products::Product;
-use crate::backend::peaks::{Kind, Protocol, TIMES_CACHE, TOO_LITTLE, Work};
+use crate::backend::peaks::{Kind, Load, Protocol, TIMES_CACHE, TOO_LITTLE, Work};
 use crate::record::{Ceiling, Ceilings, Maybe};
 
 /// Shortest repetition, ns.
@@ -24,6 +26,8 @@ const THREADS: u32 = 256;
 const TIMES_L2: u64 = 64;
 /// Blocks on a multiprocessor that the bandwidth probes are tried with.
 const BLOCKS_EACH: [u32; 4] = [4, 6, 8, 16];
+/// The same for the load that is lent.
+const LOAD_BLOCKS_EACH: u32 = 8;
 /// Bytes that move between host and device in one copy, at most.
 const COPY_BYTES: u64 = 64 << 20;
 /// Sides of the square product are multiples of two of its tiles, up to a largest.
@@ -65,6 +69,38 @@ impl Cuda {
         found.matmul_flops_per_s.insert(dtype, flat(fitting(probe.square_product(self))?));
         found.duration_ns = protocol.clock.now_ns() - begin_ns;
         Ok(found)
+    }
+
+    /// Lends the kernel that reads memory as fast as it can, over a buffer of many times the L2 cache: a millisecond or
+    /// less on a GPU, at nearly the power of its memory's full load.
+    #[allow(unsafe_code)]
+    pub(super) fn lend_reading(
+        &mut self,
+        user: &mut dyn FnMut(&mut Load<'_>) -> anyhow::Result<()>,
+    ) -> anyhow::Result<bool> {
+        self.context.bind()?;
+        let kernels = PeakKernels::load(&self.context, self.options.dtype)?;
+        let blocks = LOAD_BLOCKS_EACH * self.context.properties().multiprocessors;
+        let l2_bytes = self.context.l2_bytes()?;
+        let free_bytes = self.context.memory()?.0;
+        let bytes = (l2_bytes * TIMES_L2).min(free_bytes / 4) & !0xFFF;
+        ensure!(
+            bytes > 0 && bytes >= l2_bytes * TIMES_CACHE,
+            "the device has {free_bytes} bytes of free memory, expected room for a load of 8 times its L2 cache"
+        );
+        let buffer = new_buffer::<u16>(&self.queue.stream, bytes / 2)?;
+        let sink = new_buffer::<u32>(&self.queue.stream, u64::from(blocks))?;
+        let random = [at(buffer.address()), at(SEED), float(0.0), float(1.0), at(0), at(bytes / 2)];
+        // SAFETY: the arguments of synthetic.cu; the buffer holds so many values.
+        unsafe { self.probe_with(&kernels.random, blocks, &random) }?;
+        let arguments = [at(buffer.address()), at(bytes / 16), at(sink.address())];
+        user(&mut || {
+            // SAFETY: the arguments of `read_bandwidth` in peaks.cu, for a buffer of this size and a sink with a word for
+            // each block; both live until `user` has returned.
+            unsafe { self.probe_with(&kernels.read_bandwidth, blocks, &arguments) }?;
+            Ok(self.queue.stream.synchronize()?)
+        })?;
+        Ok(true)
     }
 
     /// Queues `kernel`.

@@ -1,6 +1,8 @@
-//! `doctor`: what is here, what is missing, and the exact remedy. Looks and reports; changes nothing, loads no model.
+//! `doctor`: what is here, what is missing, and the exact remedy. Looks and reports, and changes nothing. Only what is
+//! asked for by name keeps the device busy: a sensor under load, and what reading it takes from the speed.
 
 mod device;
+mod effect;
 mod environment;
 mod host;
 mod probe;
@@ -12,29 +14,60 @@ use std::str::FromStr;
 use clap::ValueEnum;
 use serde::Serialize;
 
+use effect::{Effect, Wanted};
+use probe::SensorProbe;
+
+use super::usage;
 use crate::backend::cuda::library;
 use crate::clock::Clock;
 use crate::machine::{self, Roots};
+use crate::meter::Choice;
 use crate::meter::nvml::Library;
+use crate::weights::registry::DEFAULT_MODEL;
 
 /// Name and major version of the JSON form.
 const SCHEMA: &str = "tokmeter-doctor/1";
 
 /// How long other processes are watched.
 const OBSERVE_NS: u64 = 300_000_000;
+/// How long each share of the load lasts, and each window with or without the sensor read, where nothing else is asked
+/// for, seconds.
+const STEP_S: f64 = 4.0;
+const WINDOW_S: f64 = 1.0;
 
 /// What is here: devices, drivers, libraries, sensors, permissions; what could not be read, and the exact remedy
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  tokmeter doctor\n  tokmeter doctor --device cuda:0 --format json\n  \
-    tokmeter doctor --sensors\n\n\
+    tokmeter doctor --sensors\n  tokmeter doctor --sensors --device cuda:0 --format json > sensor.json\n  \
+    tokmeter doctor --sampler-effect --device cuda:0 --pairs 40\n\n\
     Exit codes: 0 the device can run, 1 it cannot")]
 pub struct Args {
     /// The device that is meant to run: auto, cpu or cuda:N
     #[arg(long, value_name = "auto|cpu|cuda:N", default_value = "auto")]
     device: Asked,
-    /// Read the GPUs' power sensors for some seconds each, and say how they behave
+    /// Say how power sensors behave: every GPU's by reading it for some seconds; with --device cuda:N or cpu that device's
+    /// under a load that is switched on and off, for a minute or two
     #[arg(long)]
     sensors: bool,
+    /// Measure what reading the power sensor takes from decode steps: windows with and without it, in random order
+    #[arg(long)]
+    sampler_effect: bool,
+    /// Pairs of windows
+    #[arg(long, value_name = "N", default_value_t = 20, requires = "sampler_effect",
+        value_parser = clap::value_parser!(u32).range(2..=10_000))]
+    pairs: u32,
+    /// Time of each window, and of each share of the load that --sensors tries [default: 1, and 4]
+    #[arg(long, value_name = "SECONDS")]
+    seconds: Option<f64>,
+    /// The sensor that is read: auto, nvml, rapl, hwmon, replay:FILE, csv:FILE
+    #[arg(long, value_name = "SENSOR", default_value = "auto", requires = "sampler_effect")]
+    power: Choice,
+    /// Shapes of the model whose steps are timed; its weights are made up
+    #[arg(long, short, value_name = "NAME|PATH", default_value = DEFAULT_MODEL, requires = "sampler_effect")]
+    model: String,
+    /// Draws the order of each pair
+    #[arg(long, value_name = "N", default_value_t = 1, requires = "sampler_effect")]
+    seed: u64,
     #[arg(long, value_enum, default_value_t = Format::Table)]
     format: Format,
 }
@@ -62,6 +95,16 @@ impl FromStr for Asked {
             "auto" => Ok(Asked::Auto),
             "cpu" => Ok(Asked::Cpu),
             _ => index().map(Asked::Cuda).ok_or_else(|| "expected auto, cpu or cuda:N".to_owned()),
+        }
+    }
+}
+
+impl std::fmt::Display for Asked {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Asked::Auto => write!(f, "auto"),
+            Asked::Cpu => write!(f, "cpu"),
+            Asked::Cuda(index) => write!(f, "cuda:{index}"),
         }
     }
 }
@@ -100,6 +143,10 @@ struct Findings {
     /// The device that was asked for can run.
     can_run: bool,
     findings: Vec<Finding>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    sensor_probes: Vec<SensorProbe>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    sampler_effect: Option<Effect>,
 }
 
 /// Collects the findings of one section.
@@ -130,8 +177,37 @@ impl Section {
     }
 }
 
+/// # Errors
+/// When the command line makes no sense, or the sampler's effect cannot be measured.
 pub fn run(args: Args) -> anyhow::Result<u8> {
-    let findings = look(args.device, args.sensors);
+    if let Some(seconds) = args.seconds
+        && !(0.1..=3600.0).contains(&seconds)
+    {
+        return Err(usage(format!("--seconds is {seconds}, expected 0.1 to 3600")));
+    }
+    let ns = |default_s: f64| (args.seconds.unwrap_or(default_s) * 1e9) as u64;
+    let mut findings = look(args.device);
+    if args.sensors || args.sampler_effect {
+        super::device::start_threads(None)?;
+    }
+    if args.sensors {
+        let (section, probes) = probe::sensors(args.device, &Roots::default(), ns(STEP_S));
+        findings.findings.extend(section.findings);
+        findings.sensor_probes = probes;
+    }
+    if args.sampler_effect {
+        let wanted = Wanted {
+            asked: args.device,
+            power: args.power,
+            model: args.model,
+            pairs: args.pairs,
+            window_ns: ns(WINDOW_S),
+            seed: args.seed,
+        };
+        let (section, effect) = effect::measure(&wanted)?;
+        findings.findings.extend(section.findings);
+        findings.sampler_effect = effect;
+    }
     let text = match args.format {
         Format::Table => table(&findings),
         Format::Json => serde_json::to_string_pretty(&findings)? + "\n",
@@ -140,14 +216,13 @@ pub fn run(args: Args) -> anyhow::Result<u8> {
     Ok(u8::from(!findings.can_run))
 }
 
-fn look(asked: Asked, probes_sensors: bool) -> Findings {
+fn look(asked: Asked) -> Findings {
     let roots = Roots::default();
     let variable = |name: &str| std::env::var_os(name).filter(|value: &OsString| !value.is_empty());
     let interference = machine::observe(&roots, &Clock::monotonic(), OBSERVE_NS);
     let machine = machine::capture(&roots, &Library::open_default());
     let libraries = library::search(&roots.root, &variable);
     let (devices, can_run) = device::look(asked, &machine, &library::devices(), &libraries);
-    let probed = probes_sensors.then(|| probe::sensors(&Clock::monotonic()));
     let sections = [
         host::processor(&machine),
         host::memory(&machine),
@@ -159,8 +234,13 @@ fn look(asked: Asked, probes_sensors: bool) -> Findings {
         sensor::power(&roots, &libraries),
         sensor::models(&variable),
     ];
-    let findings = sections.into_iter().chain(probed).flat_map(|section| section.findings).collect();
-    Findings { schema: SCHEMA, can_run, findings }
+    Findings::of(can_run, sections.into_iter().flat_map(|section| section.findings).collect())
+}
+
+impl Findings {
+    fn of(can_run: bool, findings: Vec<Finding>) -> Self {
+        Findings { schema: SCHEMA, can_run, findings, sensor_probes: Vec::new(), sampler_effect: None }
+    }
 }
 
 /// Sections with their findings in columns, and remedies below what they mend.
@@ -206,12 +286,12 @@ mod tests {
         let findings = [cpu.findings, devices.findings].concat();
         let expected = "cpu\n  ok       model     Neoverse-V2\n  warn     governor  powersave\n\
             \u{20}                    → use performance\n\ndevices\n  missing  cuda      no driver\n";
-        assert_eq!(table(&Findings { schema: SCHEMA, can_run: true, findings }), expected);
+        assert_eq!(table(&Findings::of(true, findings)), expected);
     }
 
     #[test]
     fn this_machine_can_run_on_its_cpu_and_every_finding_says_something() {
-        let findings = look(Asked::Cpu, false);
+        let findings = look(Asked::Cpu);
         assert!(findings.can_run);
         assert!(findings.findings.iter().all(|finding| !finding.value.is_empty()), "{findings:?}");
         let json = serde_json::to_value(&findings).unwrap();

@@ -2,9 +2,8 @@
 //! without energy.
 
 use super::choices::{Choices, Subject};
-use crate::backend::cuda::library;
 use crate::clock::Clock;
-use crate::cmd::device::Target;
+use crate::cmd::device::{Target, gpu_id};
 use crate::cmd::{bad_file, remark, usage};
 use crate::machine::Roots;
 use crate::meter::nvml::GpuId;
@@ -67,15 +66,9 @@ pub(super) fn cool_to_c(choices: &Choices, meter: &mut PowerMeter) -> anyhow::Re
 /// none.
 pub(super) fn gpus(choices: &Choices) -> Vec<GpuId> {
     match &choices.subject {
-        Subject::Model(Target::Cuda { index, .. }) => gpu(*index),
+        Subject::Model(Target::Cuda { index, .. }) => gpu_id(*index).into_iter().collect(),
         _ => Vec::new(),
     }
-}
-
-fn gpu(index: u32) -> Vec<GpuId> {
-    let devices = library::devices().unwrap_or_default();
-    let uuid = devices.into_iter().find(|device| device.index == index).and_then(|device| device.uuid.ok());
-    uuid.map(|uuid| GpuId { name: format!("cuda:{index}"), uuid }).into_iter().collect()
 }
 
 fn with_hint(absent: &Absent) -> String {
