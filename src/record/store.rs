@@ -190,14 +190,12 @@ fn schema_of(text: &str) -> Result<Value, String> {
         #[serde(default)]
         schema: Value,
     }
-    match serde_json::from_str(text) {
-        Ok(Head { schema }) => Ok(schema),
-        // No object, and perhaps no JSON either.
-        Err(error) if error.is_data() => {
-            serde_json::from_str::<Value>(text).map(|_| Value::Null).map_err(|error| no_json(&error))
-        }
-        Err(error) => Err(no_json(&error)),
-    }
+    // Serde takes a list for a structure, too; what is no object may be no JSON either.
+    let schema = match text.trim_start().starts_with('{') {
+        true => serde_json::from_str(text).map(|Head { schema }| schema),
+        false => serde_json::from_str::<Value>(text).map(|_| Value::Null),
+    };
+    schema.map_err(|error| no_json(&error))
 }
 
 /// A record as it was given, without its runs: they are nearly all of a file, and hold no variants, beside which alone
