@@ -16,7 +16,6 @@ use crate::report::words::reason_in_words;
 
 use super::content::{Block, Page, RecordHead, Section, Table};
 use super::lay_out;
-use super::look::Look;
 
 /// The page of one comparison.
 ///
@@ -45,7 +44,7 @@ pub fn page(result: &Comparison) -> anyhow::Result<String> {
             .map(|reason| format!("NOT A MEASUREMENT: {reason}"))
             .collect(),
         lead: lead(result),
-        records: vec![head("Baseline", 6, &result.baseline), head("Candidate", 0, &result.candidate)],
+        records: vec![head("Baseline", &result.baseline), head("Candidate", &result.candidate)],
         sections: sections.into_iter().filter(|section| !section.blocks.is_empty()).collect(),
     })
 }
@@ -69,10 +68,11 @@ fn lead(result: &Comparison) -> Vec<String> {
     lines
 }
 
-fn head(name: &str, shape: usize, arm: &Arm) -> RecordHead {
+fn head(name: &str, arm: &Arm) -> RecordHead {
     let sessions: Vec<String> = arm.sessions.iter().map(SessionId::to_string).collect();
     RecordHead {
-        swatch: Look::new(shape, 0).swatch(),
+        // The charts draw the difference of the two, not each.
+        swatch: String::new(),
         name: name.to_owned(),
         facts: vec![
             ("sessions", format!("{}: {}", sessions.len(), sessions.join("; "))),
