@@ -16,7 +16,7 @@ use sha2::{Digest as _, Sha256};
 use tokmeter::backend::check::{OpCheck, check_ops};
 use tokmeter::backend::cuda::supports;
 use tokmeter::backend::{
-    Backend, Batch, BufferUse, Cuda, CudaDType, CudaOptions, Gemm, Reference, Sampling, TokenInput,
+    Backend, Batch, BufferUse, Cuda, CudaDType, CudaOptions, Form, Gemm, Reference, Sampling, TokenInput,
 };
 use tokmeter::model::{Model, Workspace, shape_of};
 use tokmeter::record::{Chosen, CublasLt, TunedProduct, read};
@@ -24,8 +24,13 @@ use tokmeter::weights::{StoredDType, open};
 
 const TINY: &str = "models/tiny/llama";
 const VOCAB: usize = 320;
-const LIBRARY: CudaOptions =
-    CudaOptions { dtype: CudaDType::Bf16, deterministic: false, gemm: Gemm::CublasLt, graphs: true };
+const LIBRARY: CudaOptions = CudaOptions {
+    dtype: CudaDType::Bf16,
+    deterministic: false,
+    gemm: Gemm::CublasLt,
+    graphs: true,
+    form: Form::Sass,
+};
 /// The stand-in's fast algorithms; 11 is slow, and 20 is refused when it is checked.
 const FAST: [u32; 2] = [66, 72];
 

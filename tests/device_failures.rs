@@ -189,6 +189,24 @@ fn a_missing_compiler_is_named_by_run_and_by_doctor() {
 }
 
 #[test]
+fn intermediate_code_needs_the_compiler_wherever_it_runs() {
+    if system_has_compiler() {
+        println!("not tested here: NVRTC is installed for the whole system");
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("record.json");
+    let arguments = [&run_to(&out)[..], &["--jit", "ptx"]].concat();
+    let Some(output) = tokmeter(Build::Plain, &without_compiler(&folder, "90"), &arguments) else { return };
+    assert_refused(
+        &output,
+        "intermediate code for the driver to compile (--jit ptx) is in no binary: the kernel compiler libnvrtc.so was not \
+         found",
+        "pip install nvidia-cuda-nvrtc",
+    );
+}
+
+#[test]
 fn kernels_in_the_binary_need_no_compiler() {
     if system_has_compiler() {
         println!("not tested here: NVRTC is installed for the whole system");

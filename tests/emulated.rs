@@ -18,7 +18,7 @@ use tokmeter::backend::{
 use tokmeter::clock::Clock;
 use tokmeter::engine::{Engine, EngineLimits, LlmEngine, Request, StepOutput, score};
 use tokmeter::model::{Model, shape_of};
-use tokmeter::record::Maybe;
+use tokmeter::record::{Maybe, Record, read};
 use tokmeter::weights::slice::Slice;
 use tokmeter::weights::synthetic::Synthetic;
 use tokmeter::weights::{HostTensor, StoredDType, Weights, open};
@@ -423,6 +423,50 @@ fn on_the_device_too_few_frequencies() {
     let mut shape = shape_of(weights.config());
     shape.inv_freq.pop();
     log_probabilities(Cuda::new(0, shape, CudaOptions::default()).unwrap(), weights.as_ref(), &[1, 2, 3]);
+}
+
+/// A run with these kernels: its error, or its record.
+fn run_with(form: &str, folder: &Path, settings: &[(&str, &str)]) -> Option<Result<Record, String>> {
+    let out = folder.join("record.json");
+    let cells = ["--batch", "2", "--isl", "16", "--osl", "4", "--min-seconds", "0.05", "--repeat", "1"];
+    let path = out.to_str().unwrap();
+    let arguments =
+        [&["run", "--device", "cuda:0", "-m", TINY[0], "-o", path, "--jit", form], &cells[..]].concat();
+    let settings = [&[("TOKMETER_CACHE", folder.to_str().unwrap())], settings].concat();
+    let output = tokmeter(Build::Plain, &settings, &arguments)?;
+    Some(if output.status.success() { Ok(read(&out).unwrap()) } else { Err(stderr(&output)) })
+}
+
+#[test]
+fn kernels_that_the_driver_compiles_make_the_same_tokens_and_say_their_form() {
+    let folder = tempfile::tempdir().unwrap();
+    let Some(sass) = run_with("sass", folder.path(), &[]) else { return };
+    let ptx = match run_with("ptx", folder.path(), &[]).unwrap() {
+        Ok(record) => record,
+        Err(error) => {
+            assert!(
+                error.contains("(--jit ptx) is in no binary: the kernel compiler libnvrtc.so was not found"),
+                "{error}"
+            );
+            return common::waived("NVRTC is missing, which makes intermediate code");
+        }
+    };
+    let again = run_with("ptx", folder.path(), &[]).unwrap().unwrap();
+    let kernels = |record: &Record| {
+        let kernels = record.engine.kernels.value().unwrap();
+        (kernels.form.value().unwrap().clone(), kernels.origins["gemm"].clone())
+    };
+    let named = |form: &str, origin: &str| (form.to_owned(), origin.to_owned());
+    let sass = sass.unwrap();
+    assert_eq!(kernels(&sass), named("sass", "emulated"));
+    assert_eq!((kernels(&ptx), kernels(&again)), (named("ptx", "compiled"), named("ptx", "cache")));
+    let tokens = |record: &Record| record.cells[0].runs[0].output_token_sha256.value().unwrap().clone();
+    assert_eq!((tokens(&ptx), tokens(&again)), (tokens(&sass), tokens(&sass)));
+    // What the driver's compiler says is part of the error.
+    let refused = run_with("ptx", folder.path(), &[("EMU_MODULE_ERROR", "222")]).unwrap().unwrap_err();
+    let expected = "cuModuleLoadDataEx of the intermediate code of embed.cu, whose compiler says \"ptxas: asked to fail\": \
+                    CUDA_ERROR_UNSUPPORTED_PTX_VERSION";
+    assert!(refused.contains(expected) && refused.contains("hint: install a driver"), "{refused}");
 }
 
 #[test]

@@ -2,14 +2,17 @@
 //! are behind.
 
 use super::Flag;
-use crate::record::{Cell, ClockEvents, Maybe};
+use crate::record::{Cell, ClockEvents, Maybe, Run};
 
 /// Share of a window from which on clocks that were held down are worth a word.
 const WORTH_A_WORD: f64 = 0.01;
 
+/// The power limit as a cause.
+const POWER_CAP: &str = "power_cap";
+
 /// The driver's bits of what holds clocks down. Those of idling and of clocks that somebody set are not among them.
 const BITS: [(u64, &str); 5] = [
-    (0x04, "power_cap"),
+    (0x04, POWER_CAP),
     (0x08, "hardware_slowdown"),
     (0x20, "heat"),
     (0x40, "heat_hardware"),
@@ -40,6 +43,20 @@ pub(super) fn throttled(cell: &Cell) -> Option<Flag> {
     (!causes.is_empty()).then_some(Flag::Throttled { share, causes })
 }
 
+/// Whether something else than the power limit held the clocks down for a share of a window of `run` that is worth a
+/// word. The power limit is where a busy device works; heat, the hardware and the power supply are disturbances.
+pub(super) fn is_disturbed(run: &Run) -> bool {
+    run.windows.iter().any(|window| {
+        let Some(events) = window.clock_events.value() else { return false };
+        let duration_ns = window.t1_ns.saturating_sub(window.t0_ns).max(1) as f64;
+        if counted(events).next().is_none() {
+            return seen(events).any(|cause| cause != POWER_CAP);
+        }
+        counted(events)
+            .any(|(cause, held_ns)| cause != POWER_CAP && held_ns as f64 / duration_ns >= WORTH_A_WORD)
+    })
+}
+
 /// Causes whose time the driver counts.
 fn counted(events: &ClockEvents) -> impl Iterator<Item = (&'static str, u64)> {
     let ClockEvents {
@@ -50,7 +67,7 @@ fn counted(events: &ClockEvents) -> impl Iterator<Item = (&'static str, u64)> {
         reasons_mask: _,
     } = events;
     let causes = [
-        ("power_cap", software_power_cap_ns),
+        (POWER_CAP, software_power_cap_ns),
         ("heat", software_thermal_ns),
         ("heat_hardware", hardware_thermal_ns),
         ("power_brake", hardware_power_brake_ns),
@@ -68,7 +85,7 @@ fn seen(events: &ClockEvents) -> impl Iterator<Item = &'static str> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::record::{Latency, Maybe, Outcome, Run, Steady, Window, WindowEnd, Workload};
+    use crate::record::{Latency, Maybe, Outcome, Steady, Window, WindowEnd, Workload};
 
     fn events(power_cap_ns: Maybe<u64>, heat_ns: Maybe<u64>, mask: &str) -> ClockEvents {
         let none = power_cap_ns.clone().map(|_| 0);
@@ -130,6 +147,17 @@ mod tests {
         let windows = vec![counted(250, 9), counted(9, 20), counted(0, 0)];
         assert_eq!(throttled(&cell(windows)), flag(Maybe::Value(0.25), &["heat", "power_cap"]));
         assert_eq!(throttled(&cell(vec![counted(9, 9)])), None);
+    }
+
+    #[test]
+    fn the_power_limit_alone_disturbs_no_run() {
+        let run = |events| cell(vec![window(events)]).runs.remove(0);
+        let counted = |cap_ns, heat_ns| run(events(Maybe::Value(cap_ns), Maybe::Value(heat_ns), "0x24"));
+        assert!(!is_disturbed(&counted(1000, 9)));
+        assert!(is_disturbed(&counted(0, 10)));
+        let missing = || Maybe::missing("not_supported");
+        assert!(!is_disturbed(&run(events(missing(), missing(), "0x5"))));
+        assert!(is_disturbed(&run(events(missing(), missing(), "0x24"))));
     }
 
     #[test]

@@ -13,7 +13,7 @@ mod stack;
 
 pub use batch::{Batch, Sampling, TokenInput};
 pub use cpu::{Cpu, CpuDType};
-pub use cuda::{Cuda, CudaDType, CudaOptions, Gemm};
+pub use cuda::{Cuda, CudaDType, CudaOptions, Form, Gemm};
 pub use reference::Reference;
 
 use crate::record::{Ceilings, CublasLt, KernelResources, Maybe};
@@ -143,6 +143,8 @@ pub struct KernelInfo {
     pub architecture: String,
     /// Kernel file and `prebuilt`, `cache`, `compiled` or `emulated`.
     pub origins: Vec<(&'static str, &'static str)>,
+    /// `sass` or `ptx`: what the driver was given.
+    pub form: &'static str,
     pub graphs: bool,
     pub dependent_launch: bool,
     pub deterministic: bool,

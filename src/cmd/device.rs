@@ -6,7 +6,7 @@ use clap::ValueEnum;
 use super::{remark, usage};
 use crate::backend::cpu;
 use crate::backend::cuda::library::{self, Device};
-use crate::backend::{BackendInfo, CpuDType, Cuda, CudaDType, CudaOptions, Gemm};
+use crate::backend::{BackendInfo, CpuDType, Cuda, CudaDType, CudaOptions, Form, Gemm};
 use crate::meter::nvml::GpuId;
 
 /// Most threads that make sense to ask for.
@@ -57,6 +57,24 @@ impl From<GemmChoice> for Gemm {
     }
 }
 
+/// What the driver is given of the kernels on cuda.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum JitChoice {
+    /// Machine code for the very device
+    Sass,
+    /// Intermediate code that the driver compiles: shows what its compiler does
+    Ptx,
+}
+
+impl From<JitChoice> for Form {
+    fn from(choice: JitChoice) -> Self {
+        match choice {
+            JitChoice::Sass => Form::Sass,
+            JitChoice::Ptx => Form::Ptx,
+        }
+    }
+}
+
 /// What the model runs on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::cmd) enum Target {
@@ -85,6 +103,7 @@ impl Target {
         dtype: Option<DType>,
         deterministic: bool,
         gemm: GemmChoice,
+        jit: JitChoice,
     ) -> anyhow::Result<Self> {
         if deterministic && gemm == GemmChoice::Cublaslt {
             return Err(usage(
@@ -94,8 +113,11 @@ impl Target {
         let target = Self::settle_device(
             device,
             dtype,
-            CudaOptions { deterministic, gemm: gemm.into(), ..CudaOptions::default() },
+            CudaOptions { deterministic, gemm: gemm.into(), form: jit.into(), ..CudaOptions::default() },
         )?;
+        if let (Target::Cpu(_), JitChoice::Ptx) = (target, jit) {
+            return Err(usage("--jit ptx is for cuda; expected sass, or none, on cpu"));
+        }
         match (target, gemm) {
             (Target::Cpu(_), GemmChoice::Own | GemmChoice::Cublaslt) => {
                 Err(usage("--gemm is for cuda; expected auto, or none, on cpu"))
@@ -216,7 +238,7 @@ mod tests {
 
     #[test]
     fn each_device_computes_in_its_own_types() {
-        let settle = |device, dtype| Target::settle(device, dtype, false, GemmChoice::Auto);
+        let settle = |device, dtype| Target::settle(device, dtype, false, GemmChoice::Auto, JitChoice::Sass);
         assert_eq!(settle("cpu", None).unwrap(), Target::Cpu(CpuDType::F32));
         assert_eq!(settle("cpu", Some(DType::Quantized)).unwrap(), Target::Cpu(CpuDType::Quantized));
         assert_eq!(settle("auto", Some(DType::F32)).unwrap(), Target::Cpu(CpuDType::F32));
@@ -238,7 +260,8 @@ mod tests {
 
     #[test]
     fn the_way_of_computing_products_fits_the_device_and_determinism() {
-        let settle = |device, deterministic, gemm| Target::settle(device, None, deterministic, gemm);
+        let settle =
+            |device, deterministic, gemm| Target::settle(device, None, deterministic, gemm, JitChoice::Sass);
         let gemm_of = |target| match target {
             Target::Cuda { options, .. } => options.gemm,
             Target::Cpu(_) => unreachable!("the CPU was not asked for"),
@@ -251,6 +274,11 @@ mod tests {
             assert_eq!(gemm_of(settle("cuda:0", false, choice).unwrap()), gemm);
         }
         assert!(settle("cpu", false, GemmChoice::Auto).is_ok());
+        let with_jit = |device| Target::settle(device, None, false, GemmChoice::Auto, JitChoice::Ptx);
+        assert!(
+            matches!(with_jit("cuda:0").unwrap(), Target::Cuda { options, .. } if options.form == Form::Ptx)
+        );
+        assert!(with_jit("cpu").unwrap_err().is::<Usage>());
         assert!(settle("cuda:0", true, GemmChoice::Own).is_ok());
         for (device, deterministic, gemm) in [
             ("cuda:0", true, GemmChoice::Cublaslt),

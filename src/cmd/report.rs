@@ -1,22 +1,25 @@
-//! `tokmeter report`: records as something to read.
+//! `tokmeter report`: records, or a comparison of records, as something to read.
 
+use std::fs::File;
+use std::io::BufReader;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 
 use super::price::PriceArgs;
-use crate::cmd::{bad_file, print, remark};
+use crate::analysis::compare::{self, Comparison};
+use crate::cmd::{bad_file, print, remark, usage};
 use crate::record::{self, Maybe, Record};
 use crate::{analysis, report};
 
-/// Turn records into a Markdown document, into one self-contained HTML page with plots, or into JSON
+/// Turn records, or a comparison, into a Markdown document, into one self-contained HTML page with plots, or into JSON
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  tokmeter report tokmeter-cpu-20261122T101112Z.json\n  \
     tokmeter report results/*/*.json --out report.md\n  \
     tokmeter report before.json after.json --out page.html\n  tokmeter report record.json --format json\n  \
-    tokmeter report record.json --cost costs/rental-h100.toml")]
+    tokmeter report comparison.json --out page.html\n  tokmeter report record.json --cost costs/rental-h100.toml")]
 pub struct Args {
-    /// Record files
+    /// Record files, or one file that `compare --format json` wrote
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
     /// Write here instead of stdout; the ending .html makes it a page, any other Markdown
@@ -27,7 +30,7 @@ pub struct Args {
     format: Option<Format>,
     #[command(flatten)]
     price: PriceArgs,
-    /// Also report records that say they are no measurement
+    /// Also report what says that it is no measurement
     #[arg(long)]
     allow_not_a_measurement: bool,
 }
@@ -56,6 +59,18 @@ impl Format {
 /// When a file is no record, or is one that says it is no measurement.
 pub fn run(args: Args) -> anyhow::Result<u8> {
     let price = args.price.settle()?;
+    let format = args.format.unwrap_or_else(|| Format::of(args.out.as_deref()));
+    if let Some(comparison) = comparison(&args)? {
+        if price.is_some() {
+            return Err(usage("a price is for records; a comparison has no prices"));
+        }
+        let text = match format {
+            Format::Markdown => report::comparison_markdown(&comparison),
+            Format::Html => report::comparison_page(&comparison)?,
+            Format::Json => report::comparison_json(&comparison)?,
+        };
+        return write(&args, &text);
+    }
     let mut records: Vec<Record> = args
         .files
         .iter()
@@ -64,13 +79,17 @@ pub fn run(args: Args) -> anyhow::Result<u8> {
     if let Some(model) = price {
         records.iter_mut().for_each(|record| record.cost_model = Maybe::Value(model.clone()));
     }
-    let text = match args.format.unwrap_or_else(|| Format::of(args.out.as_deref())) {
+    let text = match format {
         Format::Markdown => report::document(&records),
         Format::Html => report::page(&records)?,
         Format::Json => report::json_list(&records)?,
     };
+    write(&args, &text)
+}
+
+fn write(args: &Args, text: &str) -> anyhow::Result<u8> {
     match &args.out {
-        None => print(&text)?,
+        None => print(text)?,
         Some(path) => {
             record::write_atomically(path, text.as_bytes())
                 .with_context(|| format!("{}: cannot write the report", path.display()))?;
@@ -78,6 +97,32 @@ pub fn run(args: Args) -> anyhow::Result<u8> {
         }
     }
     Ok(0)
+}
+
+/// What a file of ours says first.
+#[derive(serde::Deserialize)]
+struct Head {
+    schema: String,
+}
+
+/// The comparison that the only file holds, if it is one.
+fn comparison(args: &Args) -> anyhow::Result<Option<Comparison>> {
+    let [path] = args.files.as_slice() else { return Ok(None) };
+    // Whatever is wrong with another file, reading it as a record says it better.
+    let Ok(file) = File::open(path) else { return Ok(None) };
+    let head: Result<Head, _> = serde_json::from_reader(BufReader::new(file));
+    if !head.is_ok_and(|head| head.schema.starts_with("tokmeter-comparison/")) {
+        return Ok(None);
+    }
+    let named = |reason: String| bad_file(anyhow::anyhow!("{}: {reason}", path.display()));
+    let text = std::fs::read_to_string(path).map_err(|error| named(format!("cannot be read: {error}")))?;
+    let comparison = compare::parse(&text).map_err(named)?;
+    match &comparison.not_a_measurement {
+        Some(reason) if !args.allow_not_a_measurement => {
+            Err(named(format!("is not a measurement: {reason}")))
+        }
+        _ => Ok(Some(comparison)),
+    }
 }
 
 fn read(path: &Path, allow_not_a_measurement: bool) -> anyhow::Result<Record> {

@@ -112,6 +112,10 @@ const CLASSES: &[ClassRow] = &[
     ("/meter", Meter, ""),
     ("/command/seed", Identity, ""),
     ("/command/min_seconds", Suspicious, ""),
+    ("/command/steady", Suspicious, ""),
+    ("/command/warmup_seconds", Suspicious, ""),
+    // A cooled device is another one than a hot one.
+    ("/command/thermal", Identity, ""),
     ("/cells/*/gpus/*/*/processes", Suspicious, ""),
     ("/cells/*/gpus/*/*/pcie_generation", Suspicious, ""),
     ("/cells/*/gpus/*/*/pcie_width", Suspicious, ""),

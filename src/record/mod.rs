@@ -244,6 +244,9 @@ pub struct Kernels {
     pub architecture: String,
     /// Kernel file → `prebuilt`, `cache`, `compiled` or `emulated`
     pub origins: BTreeMap<String, String>,
+    /// What the driver was given: `sass`, machine code, or `ptx`, intermediate code that it compiles itself.
+    #[serde(default = "Maybe::<String>::not_recorded", skip_serializing_if = "Maybe::is_not_recorded")]
+    pub form: Maybe<String>,
     /// Decode steps are captured as graphs and replayed.
     pub graphs: bool,
     /// A kernel may start while its predecessor ends.

@@ -5,10 +5,12 @@ use std::fs::File;
 use std::io::{self, Read as _, Write as _};
 use std::path::{Path, PathBuf};
 
-use serde_json::Value;
+use serde::Deserialize;
+use serde::de::IgnoredAny;
+use serde_json::{Map, Value};
 use tempfile::NamedTempFile;
 
-use super::{Record, SCHEMA};
+use super::{Record, Run, SCHEMA};
 
 /// Largest file that is read as a record.
 const LARGEST_RECORD_BYTES: u64 = 1 << 30;
@@ -154,8 +156,7 @@ fn read_text(path: &Path) -> Result<String, String> {
 /// # Errors
 /// Says what was expected and what was found.
 pub fn parse(text: &str) -> Result<Record, String> {
-    let value: Value = serde_json::from_str(text).map_err(|error| format!("is no JSON: {error}"))?;
-    match value.get("schema").and_then(Value::as_str) {
+    match schema_of(text)?.as_str() {
         Some(SCHEMA) => {}
         Some(other) if other.starts_with("tokmeter-record/") => {
             return Err(format!(
@@ -165,14 +166,71 @@ pub fn parse(text: &str) -> Result<Record, String> {
         Some(other) => return Err(format!("has schema {other:.60}, expected {SCHEMA}")),
         None => return Err(format!("has no field schema, expected {SCHEMA}")),
     }
-    // Parsed from the text again, because only then does an error know its line and column.
-    let invalid = |error: serde_json::Error| format!("is no valid {SCHEMA}: {error}");
-    let record: Record = serde_json::from_str(text).map_err(invalid)?;
-    let known = serde_json::to_value(&record).map_err(invalid)?;
-    match foreign_field(&value, &known) {
+    let invalid = |error: serde_json::Error| match error.is_data() {
+        true => format!("is no valid {SCHEMA}: {error}"),
+        false => no_json(&error),
+    };
+    let mut record: Record = serde_json::from_str(text).map_err(invalid)?;
+    let outline: Outline = serde_json::from_str(text).map_err(invalid)?;
+    let known = outline_of(&mut record).map_err(invalid)?;
+    match foreign_field(&outline.into_value(), &known) {
         None => Ok(record),
         Some(name) => Err(format!("is no valid {SCHEMA}: unknown field `{name:.60}`")),
     }
+}
+
+fn no_json(error: &serde_json::Error) -> String {
+    format!("is no JSON: {error}")
+}
+
+/// The field that decides how the rest is read, whatever it holds; null where there is none.
+fn schema_of(text: &str) -> Result<Value, String> {
+    #[derive(Deserialize)]
+    struct Head {
+        #[serde(default)]
+        schema: Value,
+    }
+    // Serde takes a list for a structure, too; what is no object may be no JSON either.
+    let schema = match text.trim_start().starts_with('{') {
+        true => serde_json::from_str(text).map(|Head { schema }| schema),
+        false => serde_json::from_str::<Value>(text).map(|_| Value::Null),
+    };
+    schema.map_err(|error| no_json(&error))
+}
+
+/// A record as it was given, without its runs: they are nearly all of a file, and hold no variants, beside which alone
+/// serde lets unknown fields pass.
+#[derive(Deserialize)]
+struct Outline {
+    cells: Vec<CellOutline>,
+    #[serde(flatten)]
+    rest: Map<String, Value>,
+}
+
+#[derive(Deserialize)]
+struct CellOutline {
+    #[serde(rename = "runs")]
+    _runs: IgnoredAny,
+    #[serde(flatten)]
+    rest: Map<String, Value>,
+}
+
+impl Outline {
+    fn into_value(mut self) -> Value {
+        let cells = self.cells.into_iter().map(|cell| Value::Object(cell.rest)).collect();
+        self.rest.insert("cells".to_owned(), Value::Array(cells));
+        Value::Object(self.rest)
+    }
+}
+
+/// The same of a record that was read. The runs are put aside meanwhile.
+fn outline_of(record: &mut Record) -> serde_json::Result<Value> {
+    let runs: Vec<Vec<Run>> = record.cells.iter_mut().map(|cell| std::mem::take(&mut cell.runs)).collect();
+    let outline = serde_json::to_value(&*record);
+    for (cell, runs) in record.cells.iter_mut().zip(runs) {
+        cell.runs = runs;
+    }
+    outline
 }
 
 /// A field of `given` that `known`, the same record written again, does not have. Serde itself lets unknown fields

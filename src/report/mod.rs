@@ -12,7 +12,7 @@ mod words;
 pub use calibration::{calibration, groups};
 pub use comparison::{comparison_json, comparison_markdown, comparison_table};
 pub use data::{csv, json, json_list, jsonl};
-pub use html::page;
+pub use html::{comparison_page, page};
 pub use markdown::{document, section};
 pub use plan::{findings, plan};
 pub use table::table;

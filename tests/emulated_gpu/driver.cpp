@@ -6,14 +6,15 @@
 //       tests/emulated_gpu/driver.cpp -o libcuda.so.1            (-g -fsanitize=address: out of bounds at the kernel's
 //       line, with LD_PRELOAD=libasan; -DEMU_OLD_DRIVER: no symbol newer than CUDA 12.2)
 //
-// Kernels are found by name, whatever the image. A stand-in library (cublaslt.cpp) queues its own work with emu_queue,
-// which a graph captures like a kernel, and asks emu_is_device what is device memory. Settings, all environment variables:
+// Kernels are found by name, whatever the image; intermediate code must hold them, too. A stand-in library (cublaslt.cpp)
+// queues its own work with emu_queue, which a graph captures like a kernel, and asks emu_is_device what is device memory. Settings, all environment variables:
 //   EMU_ORDER forward | reverse | seed · EMU_NO_DEVICE=1 · EMU_MEMORY_BYTES (512 MiB) · EMU_OTHER_BYTES: held by someone
 //   else · EMU_COMPUTE_CAPABILITY (90) · EMU_MULTIPROCESSORS (4) · EMU_DRIVER_VERSION (13000; 12020 with EMU_OLD_DRIVER) ·
 //   EMU_LOSE_AFTER=n: the device fails at the n-th embed · EMU_L2_BYTES (16384: probes of the memory stay small) ·
 //   EMU_TRACE=1: each operation as it runs, to stderr · EMU_NAME: of the device (one without `emulated` is given compiled
 //   kernels, whose code is ignored) · EMU_MODULE_ERROR=code: the answer to every image
 #include <mutex>
+#include <string>
 #include <set>
 #include <tuple>
 #include <atomic>
@@ -34,7 +35,7 @@
 namespace {
 enum Result {
     SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_INITIALIZED = 3, NO_DEVICE = 100, INVALID_DEVICE = 101, INVALID_IMAGE = 200,
-    INVALID_CONTEXT = 201, INVALID_HANDLE = 400, NOT_FOUND = 500, NOT_READY = 600, LAUNCH_OUT_OF_RESOURCES = 701, LAUNCH_FAILED = 719,
+    INVALID_CONTEXT = 201, INVALID_PTX = 218, INVALID_HANDLE = 400, NOT_FOUND = 500, NOT_READY = 600, LAUNCH_OUT_OF_RESOURCES = 701, LAUNCH_FAILED = 719,
     NOT_SUPPORTED = 801, CAPTURE_UNSUPPORTED = 900, CAPTURE_INVALIDATED = 901, CAPTURE_UNMATCHED = 903,
 };
 struct Name {
@@ -52,6 +53,7 @@ constexpr Name NAMES[] = {
     {201, "CUDA_ERROR_INVALID_CONTEXT", "invalid device context"},
     {400, "CUDA_ERROR_INVALID_HANDLE", "invalid resource handle"},
     {209, "CUDA_ERROR_NO_BINARY_FOR_GPU", "no kernel image is available for execution on the device"},
+    {218, "CUDA_ERROR_INVALID_PTX", "a PTX JIT compilation failed"},
     {222, "CUDA_ERROR_UNSUPPORTED_PTX_VERSION", "the provided PTX was compiled with an unsupported toolchain."},
     {500, "CUDA_ERROR_NOT_FOUND", "named symbol not found"},
     {600, "CUDA_ERROR_NOT_READY", "device not ready"},
@@ -554,17 +556,44 @@ API cuGraphExecDestroy(void* executable) { return delete static_cast<Graph*>(exe
 API cuGraphDestroy(void* graph) { return delete static_cast<Graph*>(graph), SUCCESS; }
 
 // ---- Modules and launches -----------------------------------------------------------------------------------------
+struct Module {
+    /// Intermediate code; empty for any other image.
+    std::string ptx;
+};
 API cuModuleLoadData(void** module, const void* image) {
     NEEDS_CONTEXT;
     if (int error = int(setting("EMU_MODULE_ERROR", 0))) return error;
     if (!image || !*static_cast<const char*>(image)) return INVALID_IMAGE;
-    *module = new char;
+    *module = new Module;
     return SUCCESS;
 }
-API cuModuleLoadDataEx(void** module, const void* image, unsigned, int*, void**) { return cuModuleLoadData(module, image); }
-API cuModuleUnload(void* module) { return delete static_cast<char*>(module), SUCCESS; }
-API cuModuleGetFunction(void** function, void*, const char* name) {
+/// Intermediate code must look like it, and be for this device's architecture or an older one. What it says is not run.
+API cuModuleLoadDataEx(void** module, const void* image, unsigned count, int* options, void** values) {
     NEEDS_CONTEXT;
+    char* log = nullptr;
+    size_t size = 0;
+    for (unsigned i = 0; i < count; ++i) {
+        if (options[i] == 5) log = static_cast<char*>(values[i]);
+        if (options[i] == 6) size = size_t(values[i]);
+    }
+    auto fail = [&](int error, const char* why) {
+        if (log && size) snprintf(log, size, "%s", why);
+        return error;
+    };
+    if (int error = int(setting("EMU_MODULE_ERROR", 0))) return fail(error, "ptxas: asked to fail\nby the test");
+    if (!image) return INVALID_IMAGE;
+    std::string ptx = static_cast<const char*>(image);
+    size_t target = ptx.find("\n.target sm_");
+    if (ptx.find("\n.version ") == std::string::npos || target == std::string::npos) return fail(INVALID_PTX, "ptxas: no intermediate code");
+    if (atoi(ptx.c_str() + target + 12) > capability()) return fail(INVALID_PTX, "ptxas: for a newer device");
+    *module = new Module{ptx};
+    return SUCCESS;
+}
+API cuModuleUnload(void* module) { return delete static_cast<Module*>(module), SUCCESS; }
+API cuModuleGetFunction(void** function, void* module, const char* name) {
+    NEEDS_CONTEXT;
+    const std::string& ptx = static_cast<Module*>(module)->ptx;
+    if (!ptx.empty() && ptx.find(".entry " + std::string(name) + "(") == std::string::npos) return NOT_FOUND;
     auto found = functions().find(name);
     if (found == functions().end()) return NOT_FOUND;
     *function = &found->second;

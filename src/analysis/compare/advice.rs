@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use super::effect::Noise;
 use super::environment::{Class, Difference};
-use super::result::{Comparand, Comparison, Numbers, SessionCounts};
+use super::result::{Comparand, Comparison, HeldBack, Numbers, SessionCounts};
 use super::sample::Sample;
 use super::verdict::Verdict;
 use crate::record::Maybe;
@@ -55,8 +55,15 @@ fn said(cell: &Comparand, verdict: Verdict) -> String {
         Maybe::Value([low, high]) => format!(" [{}, {}]", percent(*low), percent(*high)),
         Maybe::Missing(_) => String::new(),
     };
+    let held_back = match cell.held_back {
+        None => "",
+        Some(HeldBack::UnsettledRuns) => "; it would pass, but too many runs were not settled",
+        Some(HeldBack::LibraryAlgorithm) => {
+            "; it would be a regression, but the library computes it by another algorithm"
+        }
+    };
     format!(
-        "{} {}: {} {}{interval}, threshold {:.1} %",
+        "{} {}: {} {}{interval}, threshold {:.1} %{held_back}",
         cell.cell,
         cell.metric.unit(),
         verdict.words().to_lowercase(),
@@ -81,7 +88,24 @@ pub(super) fn next_steps(result: &Comparison, sample: Option<&Sample>) -> Vec<St
             groups.join(", ")
         ));
     }
-    if result.verdict_of_the_cells.value() == Some(&Verdict::Inconclusive) {
+    let held_back = |why| result.cells.iter().any(|cell| cell.held_back == Some(why));
+    if held_back(HeldBack::UnsettledRuns) {
+        next.push(
+            "measure again on a device that has settled: a suite with steady = true, a longer warm-up, --thermal \
+             cooldown, or better cooling"
+                .to_owned(),
+        );
+    }
+    if held_back(HeldBack::LibraryAlgorithm) {
+        next.push(
+            "measure both sides with --gemm own to judge the machine without the library, or declare the library's \
+             update with --changing kernels"
+                .to_owned(),
+        );
+    }
+    let is_open = |cell: &Comparand| cell.verdict == Verdict::Inconclusive && cell.held_back.is_none();
+    let any_open = result.cells.iter().any(is_open);
+    if result.verdict_of_the_cells.value() == Some(&Verdict::Inconclusive) && any_open {
         next.push(more_sessions(result, sample));
     }
     next
@@ -93,7 +117,8 @@ fn more_sessions(result: &Comparison, sample: Option<&Sample>) -> String {
             "this was look {MOST_LOOKS}, the last that the error rates allow: start anew with fresh sessions on both sides"
         );
     }
-    let open = result.cells.iter().filter(|cell| cell.verdict == Verdict::Inconclusive);
+    let open =
+        result.cells.iter().filter(|cell| cell.verdict == Verdict::Inconclusive && cell.held_back.is_none());
     let numbers: Vec<(&SessionCounts, &Numbers)> =
         open.filter_map(|cell| cell.numbers.value().map(|numbers| (&cell.sessions, numbers))).collect();
     let is_guess =

@@ -95,6 +95,7 @@ fn condition_means(groups: &[Group<'_>]) -> ConditionMeans {
         window_s,
         power_cap_s: sum(&|conditions| conditions.power_cap_s.clone()),
         thermal_s: sum(&|conditions| conditions.thermal_s.clone()),
+        power_brake_s: sum(&|conditions| conditions.power_brake_s.clone()),
         temperature_c: over_time(|conditions| &conditions.temperature_c),
         foreign_share: over_time(|conditions| &conditions.foreign_share),
         steal_share: over_time(|conditions| &conditions.steal_share),

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use super::arms::Arms;
 use super::effect::{ASSUMED_SIGMA, Effect, Noise, RunSpread, Series};
-use super::result::{Comparand, Metric, Numbers, SessionCounts, Settings};
+use super::result::{Comparand, HeldBack, Metric, Numbers, SessionCounts, Settings};
 use super::sample::CellSample;
 use super::session::Group;
 use super::verdict::{Judged, Rules, Verdict, judge};
@@ -59,10 +59,17 @@ struct Matched {
     series: Series,
 }
 
+/// What is known of the sides beside their values.
+pub(super) struct Circumstances<'a> {
+    pub(super) meter_changed: bool,
+    /// Cells that a library computes by another algorithm than before, without anybody having declared it.
+    pub(super) with_other_algorithm: BTreeSet<&'a str>,
+}
+
 /// Every metric of every cell of the baseline, and the geometric mean of the throughputs.
 pub(super) fn judge_cells(
     arms: &Arms<'_>,
-    meter_changed: bool,
+    circumstances: &Circumstances<'_>,
     settings: &Settings,
     quantiles: &TQuantiles,
     remarks: &mut Vec<String>,
@@ -73,7 +80,7 @@ pub(super) fn judge_cells(
         let series = series(arms, key, metric);
         let is_energy = metric == Metric::TokensPerJoule;
         let meter_moved = if is_energy { meter_moved(arms, key) } else { None };
-        let meter_changed = (meter_changed || meter_moved.is_some()) && is_energy;
+        let meter_changed = (circumstances.meter_changed || meter_moved.is_some()) && is_energy;
         match (series.baseline.is_empty(), series.candidate.is_empty()) {
             (true, true) if is_energy => {
                 if let Some(doubts) = doubts(&arms.baseline, key).or_else(|| doubts(&arms.candidate, key)) {
@@ -96,10 +103,50 @@ pub(super) fn judge_cells(
             (false, _) => matched.push(Matched { cell: key.clone(), metric, series }),
         }
     }
-    let aggregate = aggregate(&matched, settings, quantiles);
+    let own: Vec<&Matched> = matched
+        .iter()
+        .filter(|one| !circumstances.with_other_algorithm.contains(one.cell.as_str()))
+        .collect();
+    let aggregate = aggregate(&own, settings, quantiles);
     judged.extend(judge_matched(matched, settings, quantiles));
+    judged.iter_mut().for_each(|cell| hold_back(cell, arms, circumstances));
     judged.sort_by(|a, b| (&a.cell, a.metric).cmp(&(&b.cell, b.metric)));
     (judged, aggregate)
+}
+
+/// Share of a side's runs beyond which they are not of one lasting state.
+const UNSETTLED_SHARE: f64 = 1.0 / 3.0;
+
+/// Takes a verdict back that the numbers alone give: a pass on runs of a state that does not last, and a loss that came
+/// with another algorithm of a library.
+fn hold_back(cell: &mut Comparand, arms: &Arms<'_>, circumstances: &Circumstances<'_>) {
+    let sides = [("baseline", &arms.baseline), ("candidate", &arms.candidate)];
+    let unsettled: Vec<String> =
+        sides.into_iter().filter_map(|(side, groups)| unsettled(side, groups, &cell.cell)).collect();
+    let held_back = if cell.verdict.passes() && !unsettled.is_empty() {
+        HeldBack::UnsettledRuns
+    } else if cell.verdict == Verdict::Regressed
+        && circumstances.with_other_algorithm.contains(cell.cell.as_str())
+    {
+        cell.notes.push("regressed with another algorithm of the library: see Why".to_owned());
+        HeldBack::LibraryAlgorithm
+    } else {
+        cell.notes.extend(unsettled);
+        return;
+    };
+    cell.notes.extend(unsettled);
+    cell.verdict = Verdict::Inconclusive;
+    cell.held_back = Some(held_back);
+}
+
+/// What is to be said of one side's runs of a cell, if more than a third are flagged.
+fn unsettled(side: &str, groups: &[Group<'_>], key: &str) -> Option<String> {
+    let cells = || groups.iter().flat_map(|group| &group.samples).filter_map(|sample| sample.cells.get(key));
+    let all: usize = cells().map(|cell| cell.ln_rates.len()).sum();
+    let flagged: usize = cells().map(|cell| cell.unsettled_runs).sum();
+    (flagged as f64 > all as f64 * UNSETTLED_SHARE).then(|| {
+        format!("{flagged} of {all} runs of the {side} were not steady, or had their clocks held down by heat or the power supply")
+    })
 }
 
 /// Change of the ratio of counter and integrated power, in logarithms, beyond which the meter is another one.
@@ -146,6 +193,7 @@ fn unjudged(key: &str, metric: Metric, verdict: Verdict, note: String, series: &
         cell: key.to_owned(),
         metric,
         verdict,
+        held_back: None,
         notes: vec![note],
         sessions: counts(series),
         numbers: Maybe::missing("not_comparable"),
@@ -187,8 +235,8 @@ fn judge_matched(matched: Vec<Matched>, settings: &Settings, quantiles: &TQuanti
 }
 
 /// The geometric mean over cells, taken in each session first, since the cells of a session share its luck. One more
-/// test at the full level, on throughput alone.
-fn aggregate(matched: &[Matched], settings: &Settings, quantiles: &TQuantiles) -> Maybe<Comparand> {
+/// test at the full level, on throughput alone, and without cells whose library computes otherwise than before.
+fn aggregate(matched: &[&Matched], settings: &Settings, quantiles: &TQuantiles) -> Maybe<Comparand> {
     let throughputs: Vec<&Series> =
         matched.iter().filter(|one| one.metric == Metric::Throughput).map(|one| &one.series).collect();
     if throughputs.len() < 2 {
@@ -242,6 +290,7 @@ impl Scope<'_> {
             cell,
             metric,
             verdict: judged.verdict,
+            held_back: None,
             notes: notes(series, judged, self.rules, self.quantiles),
             sessions: counts(series),
             numbers: Maybe::Value(self.numbers(series, threshold_ratio, judged)),

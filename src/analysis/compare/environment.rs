@@ -10,10 +10,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::sample::{Sample, printable};
-use crate::record::{ClassRow, EnvironmentClass, Record, classes, hashed_identity};
+use crate::record::{ClassRow, EnvironmentClass, Kernels, Record, classes, hashed_identity};
 
 /// What a change of a fact means for a comparison.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Class {
     /// Another thing was measured: not comparable.
@@ -61,8 +61,18 @@ pub const GROUPS: [(&str, &str); 10] = [
 /// that were used.
 static ROWS: LazyLock<Vec<(String, Class, &str)>> = LazyLock::new(|| {
     let row = |(pointer, class, group): &ClassRow| (place_of(pointer), Class::from(*class), *group);
-    classes().iter().map(row).collect()
+    let of_ptx = PTX_KERNELS.iter().map(|(place, class, group)| ((*place).to_owned(), *class, *group));
+    classes().iter().map(row).chain(of_ptx).collect()
 });
+
+/// The kernels of records whose kernels the driver compiled, which facts hold in a place of their own: what it makes of
+/// them is what is compared.
+const PTX_KERNELS: [(&str, Class, &str); 4] = [
+    ("engine.ptx_kernels.architecture", Identity, ""),
+    ("engine.ptx_kernels.deterministic", Identity, ""),
+    ("engine.ptx_kernels.resources", Expected, "driver"),
+    ("engine.ptx_kernels", Suspicious, "kernels"),
+];
 
 /// The place that a JSON pointer with `*` for list elements names: `gpu.setup.vbios`.
 fn place_of(pointer: &str) -> String {
@@ -81,9 +91,10 @@ pub(super) struct Fact {
 }
 
 /// A fact that is not the same everywhere.
-#[derive(Clone, Debug, PartialEq, Serialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Difference {
-    /// Place in the record; `gpu` stands for the used device's entry of `machine.gpus`.
+    /// Place in the record; `gpu` stands for the used device's entry of `machine.gpus`, `engine.ptx_kernels` for
+    /// `engine.kernels` where the driver compiled them.
     pub field: String,
     /// What the change means here, after what was declared and allowed.
     pub class: Class,
@@ -169,12 +180,44 @@ pub(super) fn facts(record: &Record) -> Vec<Fact> {
     add("gpu", serde_json::to_value(gpus));
     add("tool", serde_json::to_value(&record.tool));
     add("model", serde_json::to_value(&record.model));
-    add("engine", serde_json::to_value(&record.engine));
+    add("engine", engine(record));
     add("meter", serde_json::to_value(&record.meter));
     add("command.seed", serde_json::to_value(record.command.seed));
     add("command.min_seconds", serde_json::to_value(record.command.min_seconds));
+    for (path, value) in [
+        ("command.steady", serde_json::to_value(&record.command.steady)),
+        ("command.warmup_seconds", serde_json::to_value(&record.command.warmup_seconds)),
+        ("command.thermal", serde_json::to_value(&record.command.thermal)),
+    ] {
+        add(path, value);
+    }
     found.sort_by(|a, b| a.path.cmp(&b.path));
     found
+}
+
+/// Whether the driver compiled the kernels.
+pub(super) fn is_ptx(record: &Record) -> bool {
+    let form = |kernels: &Kernels| kernels.form.value().is_some_and(|form| form == "ptx");
+    record.engine.kernels.value().is_some_and(form)
+}
+
+/// The engine, with its kernels under the name of their form, so that a side may have records of both.
+fn engine(record: &Record) -> serde_json::Result<Value> {
+    let mut engine = serde_json::to_value(&record.engine)?;
+    if let (true, Value::Object(fields)) = (is_ptx(record), &mut engine)
+        && let Some(kernels) = fields.remove("kernels")
+    {
+        fields.insert("ptx_kernels".to_owned(), kernels);
+    }
+    Ok(engine)
+}
+
+/// Branches of which a record has one: that of its kernels' form.
+const FORMS: [&str; 2] = ["engine.kernels", "engine.ptx_kernels"];
+
+/// The branch of a form that `path` lies on.
+fn form_branch(path: &str) -> Option<&'static str> {
+    FORMS.into_iter().find(|branch| path == *branch || is_below(path, branch))
 }
 
 /// Leaves by their place. A missing value, and a list of plain values, is one leaf.
@@ -205,7 +248,9 @@ fn leaf(path: &str, value: &Value) -> String {
             format!("missing: {}", members.get("missing").and_then(Value::as_str).unwrap_or("unknown"))
         }
         // Kernels that were compiled once come from the cache afterwards.
-        Value::String(text) if path.starts_with("engine.kernels.origins.") && text == "cache" => {
+        Value::String(text)
+            if form_branch(path).is_some() && path.contains(".origins.") && text == "cache" =>
+        {
             "compiled".to_owned()
         }
         Value::String(text) => printable(text),
@@ -250,12 +295,13 @@ fn values<'a>(arm: &[&'a Sample], path: &str) -> BTreeSet<&'a str> {
 }
 
 /// Branches whose entries come and go; any other field is absent only where a version did not know it.
-const LISTS: [&str; 5] = [
+const LISTS: [&str; 6] = [
     "machine.env",
     "machine.cpu.mitigations",
     "machine.software.libraries",
     "model.weights.stored_bytes",
     "engine.kernels.origins",
+    "engine.ptx_kernels.origins",
 ];
 
 fn is_listed(path: &str) -> bool {
@@ -269,6 +315,10 @@ fn value<'a>(facts: &'a [Fact], path: &str) -> Option<&'a str> {
         Ok(index) => return Some(&facts[index].value),
         Err(index) if facts.get(index).is_some_and(|next| is_below(&next.path, path)) => return None,
         Err(_) => {}
+    }
+    // Kernels of the other form say nothing about these.
+    if form_branch(path).is_some_and(|branch| !facts.iter().any(|fact| fact.path.starts_with(branch))) {
+        return None;
     }
     let above = path.rmatch_indices(['.', '[']).map(|(end, _)| &path[..end]);
     let missing = above.filter_map(|place| at(place).ok()).next();
@@ -318,9 +368,13 @@ fn is_named(path: &str, group: &str, key: &str) -> bool {
     names(path) || names(&plain) || (!group.is_empty() && key == group)
 }
 
-/// Facts that separate batches of sessions: all but those that move by themselves.
+/// Facts that separate batches of sessions: all but those that move by themselves, and the kernels, of which a session
+/// may have both forms.
 pub(super) fn batch_key(sample: &Sample) -> Vec<(&str, &str)> {
-    let fixed = sample.facts.iter().filter(|fact| row_of(&fact.path).0 != Dynamic);
+    let fixed = sample
+        .facts
+        .iter()
+        .filter(|fact| row_of(&fact.path).0 != Dynamic && form_branch(&fact.path).is_none());
     fixed.map(|fact| (fact.path.as_str(), fact.value.as_str())).collect()
 }
 

@@ -1,12 +1,15 @@
 //! Baseline against candidate: a verdict with its reasons, from records alone. [`Sample`] is what one record
 //! contributes; `environment` is the gate; `effect` and `verdict` are the statistics (numbers in, numbers out); `cells`
-//! applies them; `why` explains; [`Comparison`] is the result. METHODOLOGY.md gives the rules and their sources.
+//! applies them; `why`, `probes` and `library` explain; [`Comparison`] is the result. METHODOLOGY.md gives the rules and
+//! their sources.
 
 mod advice;
 mod arms;
 mod cells;
 mod effect;
 mod environment;
+mod library;
+mod probes;
 mod result;
 mod sample;
 mod session;
@@ -16,12 +19,15 @@ mod why;
 pub use effect::{ASSUMED_SIGMA, Effect, Noise, RunSpread, Series, estimate};
 pub use environment::{Class, Declared, Difference, GROUPS};
 pub use result::{
-    Arm, CellThreshold, Comparand, Comparison, ConditionMeans, Decomposition, Layer, Metric, MovedLatency,
-    NoiseArm, Numbers, Part, SCHEMA, SessionCounts, Settings, Thresholds, Why, json_schema,
+    Algorithm, AlgorithmChange, Arm, CellThreshold, Comparand, Comparison, ConditionMeans, Decomposition,
+    FormPair, HeldBack, Layer, Library, Metric, MovedLatency, NoiseArm, Numbers, Part, Probe, SCHEMA,
+    SessionCounts, Settings, Thresholds, Why, json_schema, parse,
 };
 pub use sample::{DISTURBED_SHARE, Sample};
 pub use session::{SessionId, align};
 pub use verdict::{Judged, Rules, Verdict, judge, overall};
+
+use std::collections::BTreeSet;
 
 use super::stats::TQuantiles;
 use crate::record::Maybe;
@@ -43,8 +49,18 @@ pub fn compare(
     let wrong = wrong_numerics(&sides);
     let is_comparable =
         !has(Class::Identity) && wrong.is_empty() && sides.iter().all(|side| !side.is_empty());
+    let algorithms = library::changes(&arms);
+    // A library that is updated on purpose is what the comparison is about.
+    let is_declared = declared.changing.iter().any(|changing| changing == LIBRARY_GROUP);
+    let circumstances = cells::Circumstances {
+        meter_changed: has(Class::Meter),
+        with_other_algorithm: match is_declared {
+            true => BTreeSet::new(),
+            false => algorithms.iter().flat_map(|change| &change.cells).map(String::as_str).collect(),
+        },
+    };
     let (cells, aggregate) = match is_comparable {
-        true => cells::judge_cells(&arms, has(Class::Meter), settings, &quantiles, &mut remarks),
+        true => cells::judge_cells(&arms, &circumstances, settings, &quantiles, &mut remarks),
         false => (Vec::new(), Maybe::missing(NOT_COMPARABLE)),
     };
     let verdict_of_the_cells = match is_comparable {
@@ -60,7 +76,7 @@ pub fn compare(
         sides.into_iter().flatten().flat_map(|sample| sample.exclusions.clone()).collect();
     exclusions.sort();
     let mut result = Comparison {
-        schema: SCHEMA,
+        schema: SCHEMA.to_owned(),
         not_a_measurement: sides
             .into_iter()
             .chain([noise])
@@ -78,7 +94,7 @@ pub fn compare(
         baseline: arms::arm(baseline, &arms.baseline),
         candidate: arms::arm(candidate, &arms.candidate),
         noise: arms::noise_arm(&arms.noise),
-        why: why::explain(&arms, &cells, &quantiles),
+        why: why::explain(&arms, &cells, algorithms, &quantiles),
         environment,
         cells,
         aggregate,
@@ -90,6 +106,8 @@ pub fn compare(
     result
 }
 
+/// What `--changing` calls the libraries.
+const LIBRARY_GROUP: &str = "kernels";
 /// Reason code where no cell was judged.
 const NOT_COMPARABLE: &str = "not_comparable";
 

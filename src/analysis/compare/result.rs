@@ -2,7 +2,7 @@
 //! `results/compare-schema.json`. Ratios are changes of the metric: −0.03 is three percent fewer tokens.
 
 use schemars::JsonSchema;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::effect::Noise;
 use super::environment::{Declared, Difference};
@@ -19,14 +19,32 @@ pub fn json_schema() -> String {
     serde_json::to_string_pretty(&schema).expect("a schema is plain JSON") + "\n"
 }
 
+/// The result that `text` holds.
+///
+/// # Errors
+/// Says what was expected and what was found.
+pub fn parse(text: &str) -> Result<Comparison, String> {
+    /// The version decides before any field does.
+    #[derive(Deserialize)]
+    struct Head {
+        schema: String,
+    }
+    let invalid = |error: serde_json::Error| format!("is no valid {SCHEMA}: {error}");
+    let head: Head = serde_json::from_str(text).map_err(invalid)?;
+    match head.schema.as_str() {
+        SCHEMA => serde_json::from_str(text).map_err(invalid),
+        other => Err(format!("has schema {other:.60}, expected {SCHEMA}")),
+    }
+}
+
 /// Baseline against candidate.
-#[derive(Clone, Debug, PartialEq, Serialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Comparison {
     /// `tokmeter-comparison/1`
     #[schemars(extend("const" = SCHEMA))]
-    pub schema: &'static str,
+    pub schema: String,
     /// Why this must not be used: a record in it is no measurement.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub not_a_measurement: Option<String>,
     pub verdict: Verdict,
     /// What the cells say whatever the environment; missing when nothing was compared.
@@ -52,7 +70,7 @@ pub struct Comparison {
 }
 
 /// What was asked for.
-#[derive(Clone, Debug, PartialEq, Serialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Settings {
     pub rules: Rules,
     /// Which look at a growing set of sessions this is, from 1; sets `rules.alpha`.
@@ -73,7 +91,7 @@ impl Default for Settings {
 }
 
 /// A metric that decides.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Metric {
     Throughput,
@@ -101,7 +119,7 @@ impl Metric {
 }
 
 /// Losses that matter, as shares of the metric.
-#[derive(Clone, Debug, PartialEq, Serialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Thresholds {
     pub throughput_ratio: f64,
     pub tokens_per_joule_ratio: f64,
@@ -109,7 +127,7 @@ pub struct Thresholds {
     pub cells: Vec<CellThreshold>,
 }
 
-#[derive(Clone, Debug, PartialEq, Serialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct CellThreshold {
     pub metric: Metric,
     pub cell: String,
@@ -136,7 +154,7 @@ impl Thresholds {
 }
 
 /// One side.
-#[derive(Clone, Debug, PartialEq, Serialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Arm {
     pub files: Vec<String>,
     pub sessions: Vec<SessionId>,
@@ -144,20 +162,22 @@ pub struct Arm {
 }
 
 /// What went on during the windows of one side, all cells together.
-#[derive(Clone, Debug, PartialEq, Serialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct ConditionMeans {
     pub window_s: f64,
     /// Time for which the power cap held the clock down.
     pub power_cap_s: Maybe<f64>,
     /// Time for which heat held the clock down.
     pub thermal_s: Maybe<f64>,
+    /// Time for which the power supply's brake held the clock down.
+    pub power_brake_s: Maybe<f64>,
     pub temperature_c: Maybe<f64>,
     pub foreign_share: Maybe<f64>,
     pub steal_share: Maybe<f64>,
 }
 
 /// Stored sessions between which nothing but chance differs.
-#[derive(Clone, Debug, PartialEq, Serialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct NoiseArm {
     pub files: Vec<String>,
     /// Sessions of each batch of one environment.
@@ -165,26 +185,41 @@ pub struct NoiseArm {
 }
 
 /// One metric of one cell on both sides.
-#[derive(Clone, Debug, PartialEq, Serialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Comparand {
     pub cell: String,
     pub metric: Metric,
     pub verdict: Verdict,
+    /// Why the verdict is not the one that the numbers alone give.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub held_back: Option<HeldBack>,
     /// What a reader must know before using the numbers.
     pub notes: Vec<String>,
     pub sessions: SessionCounts,
     pub numbers: Maybe<Numbers>,
 }
 
+/// Why a verdict is INCONCLUSIVE whatever the numbers say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum HeldBack {
+    /// It would pass, but on one side more than a third of the runs were not steady, or had their clocks held down by
+    /// heat, the hardware or the power supply.
+    UnsettledRuns,
+    /// It would have regressed, but a library computes its large products by another algorithm than before: that is
+    /// neither the driver's loss nor the device's.
+    LibraryAlgorithm,
+}
+
 /// Sessions that have this cell.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct SessionCounts {
     pub baseline: u32,
     pub candidate: u32,
     pub noise: u32,
 }
 
-#[derive(Clone, Debug, PartialEq, Serialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Numbers {
     /// Geometric means over sessions, in tokens/s or tokens/J.
     pub baseline: f64,
@@ -211,27 +246,33 @@ pub struct Numbers {
 }
 
 /// A change with its 95 % interval.
-#[derive(Clone, Debug, PartialEq, Serialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Part {
     pub effect_ratio: f64,
     pub interval_95_ratio: Maybe<[f64; 2]>,
 }
 
-/// What explains the difference. Nothing here decides.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, JsonSchema)]
+/// What explains the difference. Nothing here decides, but that a library's other algorithm holds a regression back.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Why {
     pub decompositions: Vec<Decomposition>,
     pub layers: Vec<Layer>,
+    /// What the device can do at most, and its power, layer by layer.
+    pub probes: Vec<Probe>,
+    pub library: Library,
+    /// Cells that were measured with kernels of both forms.
+    pub forms: Vec<FormPair>,
     /// Latencies that moved, at a false discovery rate of 10 %.
     pub latencies: Vec<MovedLatency>,
     /// How many latencies were looked at.
     pub latencies_tested: u32,
-    /// Static cells whose output tokens are others than before, each side agreeing with itself.
+    /// Static cells whose output tokens are others than before, each side agreeing with itself. Cells whose large
+    /// products a library computes by another algorithm are not among them.
     pub outputs_changed: Vec<String>,
 }
 
 /// tokens/s = clock × tokens per cycle, and tokens/J = tokens/s ÷ watts, in logarithms.
-#[derive(Clone, Debug, PartialEq, Serialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Decomposition {
     pub cell: String,
     pub throughput: Part,
@@ -241,8 +282,8 @@ pub struct Decomposition {
     pub power: Maybe<Part>,
 }
 
-/// Cells of one kind together.
-#[derive(Clone, Debug, PartialEq, Serialize, JsonSchema)]
+/// Cells of one kind together; those whose large products a library computes apart.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Layer {
     pub layer: String,
     /// Compared cells, and those of them that regressed and improved.
@@ -253,7 +294,70 @@ pub struct Layer {
     pub effect_ratio: Maybe<f64>,
 }
 
-#[derive(Clone, Debug, PartialEq, Serialize, JsonSchema)]
+/// One measured ability of the device, or its power, on both sides: means over sessions.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Probe {
+    /// `launch`, `copy`, `memory`, `matmul`, `power` or `idle`
+    pub layer: String,
+    /// The field of the record that it comes from.
+    pub what: String,
+    /// `ns`, `bytes/s`, `flop/s` or `W`
+    pub unit: String,
+    /// More of it is a loss: a time, a power.
+    pub is_better_low: bool,
+    pub baseline: f64,
+    pub candidate: f64,
+    /// candidate ÷ baseline − 1
+    pub effect_ratio: f64,
+    pub interval_95_ratio: Maybe<[f64; 2]>,
+}
+
+/// The library that computes large products, and what it does otherwise than before.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Library {
+    /// Compared cells with products that it computes.
+    pub cells: Vec<String>,
+    pub algorithms: Vec<AlgorithmChange>,
+    /// Cells whose output tokens changed where an algorithm did.
+    pub outputs_changed: Vec<String>,
+}
+
+/// A product that no session of the candidate computes as any of the baseline did.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct AlgorithmChange {
+    pub rows: u32,
+    pub columns: u32,
+    pub depth: u32,
+    pub dtype: String,
+    pub epilogue: String,
+    /// All that a side's records name.
+    pub baseline: Vec<Algorithm>,
+    pub candidate: Vec<Algorithm>,
+    /// Compared cells that compute it.
+    pub cells: Vec<String>,
+}
+
+/// An algorithm by the library's own numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
+pub struct Algorithm {
+    pub algorithm_id: u32,
+    pub tile_id: u32,
+    pub stages_id: u32,
+    pub split_k: u32,
+}
+
+/// One workload by kernels that this program compiled to machine code (`sass`), and by kernels that the driver compiled
+/// from intermediate code (`ptx`). Where the second alone moves, the driver's compiler did it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct FormPair {
+    pub cell: String,
+    pub sass: Verdict,
+    pub sass_effect_ratio: f64,
+    pub ptx: Verdict,
+    pub ptx_effect_ratio: f64,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct MovedLatency {
     pub cell: String,
     pub latency: String,

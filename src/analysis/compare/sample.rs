@@ -4,9 +4,12 @@
 use std::collections::BTreeMap;
 
 use super::environment::{self, Fact};
+use super::library::{self, StepRows};
+use super::probes::{self, ProbeKind};
 use super::session::{SessionId, recognised};
+use crate::analysis::throttle::is_disturbed;
 use crate::analysis::{CellSummary, Flag, Quantiles, TokenKind, refuse_unmeasured, summarize};
-use crate::record::{Cell, Maybe, Outcome, Record, Run, Steady, Workload, violations};
+use crate::record::{Cell, CublasLt, Maybe, Outcome, Record, Run, Steady, Workload, violations};
 
 /// Share of all cores' time that other processes, or the hypervisor's other guests, may take in a window. Above it the
 /// window's run is left out: a tenth of the machine was somebody else's.
@@ -29,15 +32,27 @@ pub struct Sample {
     pub(super) computes_wrong: bool,
     pub(super) boot: Option<(String, Option<String>)>,
     pub(super) facts: Vec<Fact>,
+    /// The library that computed large products, if one did.
+    pub(super) library: Option<CublasLt>,
+    /// ln of what the device can do at most, and of its power.
+    pub(super) probes: BTreeMap<ProbeKind, f64>,
+    /// By key; with [`PTX`] behind it where the driver compiled the kernels.
     pub(super) cells: BTreeMap<String, CellSample>,
     /// Runs that were left out, one sentence each.
     pub(super) exclusions: Vec<String>,
 }
 
+/// Follows the key of a cell whose kernels the driver compiled: another cell than the same workload by machine code.
+pub(super) const PTX: &str = "@ptx";
+
 /// One cell of one record.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct CellSample {
     pub(super) workload: Workload,
+    /// Rows of the products of its steps, where the library computes some of them.
+    pub(super) library_rows: Option<StepRows>,
+    /// Kept runs that were not steady, or whose clocks something else than the power limit held down.
+    pub(super) unsettled_runs: usize,
     /// ln of each kept run's headline tokens over its time.
     pub(super) ln_rates: Vec<f64>,
     /// Why there is none.
@@ -69,6 +84,7 @@ pub(super) struct Conditions {
     pub(super) window_s: f64,
     pub(super) power_cap_s: Maybe<f64>,
     pub(super) thermal_s: Maybe<f64>,
+    pub(super) power_brake_s: Maybe<f64>,
     /// Means over the windows' time.
     pub(super) temperature_c: Maybe<f64>,
     pub(super) foreign_share: Maybe<f64>,
@@ -95,7 +111,11 @@ impl Sample {
             exclude(cell, name, &mut exclusions);
         }
         let summary = summarize(&record);
-        let cells = record.cells.iter().zip(&summary.cells);
+        let form = if environment::is_ptx(&record) { PTX } else { "" };
+        let cells = record.cells.iter().zip(&summary.cells).map(|(cell, summary)| {
+            let rows = library::step_rows(&cell.workload, &record.engine);
+            (format!("{}{form}", cell.key), CellSample::of(cell, summary, rows))
+        });
         Ok(Sample {
             name: name.to_owned(),
             session: SessionId::of(&record.session),
@@ -107,7 +127,9 @@ impl Sample {
             subject: environment::subject(&record),
             model: record.model.name.clone(),
             facts: environment::facts(&record),
-            cells: cells.map(|(cell, summary)| (cell.key.clone(), CellSample::of(cell, summary))).collect(),
+            library: record.engine.cublaslt.value().cloned(),
+            probes: probes::of(&record),
+            cells: cells.collect(),
             exclusions,
         })
     }
@@ -172,7 +194,7 @@ fn fault(run: &Run) -> Option<String> {
 }
 
 impl CellSample {
-    fn of(cell: &Cell, summary: &CellSummary) -> Self {
+    fn of(cell: &Cell, summary: &CellSummary, library_rows: Option<StepRows>) -> Self {
         let tokens = summary.throughput.value().map(|rate| rate.tokens);
         let ln_rate = positive_ln(&summary.throughput.as_ref().map(|rate| rate.tokens_per_s));
         let ln_rates: Vec<f64> = tokens
@@ -180,6 +202,8 @@ impl CellSample {
             .unwrap_or_default();
         CellSample {
             workload: cell.workload,
+            library_rows,
+            unsettled_runs: cell.runs.iter().filter(|run| is_unsettled(run)).count(),
             absent: ln_rates.is_empty().then(|| absence(cell)),
             ln_rates,
             tokens,
@@ -195,6 +219,11 @@ impl CellSample {
             output: agreed_output(cell),
         }
     }
+}
+
+/// Whether the run's speed is that of a state that does not last.
+fn is_unsettled(run: &Run) -> bool {
+    matches!(run.steady, Steady::Warmup | Steady::Slowdown | Steady::NoSteadyState) || is_disturbed(run)
 }
 
 fn energy_doubts(summary: &CellSummary) -> String {
@@ -310,6 +339,7 @@ impl Conditions {
             window_s: cell.runs.iter().flat_map(|run| &run.windows).map(seconds).sum(),
             power_cap_s: events(|events| events.software_power_cap_ns.clone()),
             thermal_s: events(thermal_ns),
+            power_brake_s: events(|events| events.hardware_power_brake_ns.clone()),
             temperature_c: mean_over_windows(cell, |window| {
                 window.temperature.as_ref().map(|temperature| 0.5 * (temperature.start_c + temperature.end_c))
             }),

@@ -1,12 +1,12 @@
 //! What a session is, and which records belong to one: a boot and a driver load, unless the user declared it.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::sample::{Sample, printable};
 use crate::record::{Maybe, Session, hashed_identity};
 
 /// Identity of a session. Ordered, so that sessions can be listed the same way every time.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, schemars::JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "snake_case", tag = "kind")]
 pub enum SessionId {
     /// `--session LABEL` at `run`.
@@ -14,7 +14,7 @@ pub enum SessionId {
     /// Hash of the boot id, and the driver's load time where a GPU driver is in use.
     Recognised {
         boot: String,
-        #[serde(skip_serializing_if = "Option::is_none")]
+        #[serde(default, skip_serializing_if = "Option::is_none")]
         driver_loaded_at: Option<String>,
     },
     /// Neither is known: all such records count as one session.

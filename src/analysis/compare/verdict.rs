@@ -58,13 +58,13 @@ impl Verdict {
         }
     }
 
-    fn passes(self) -> bool {
+    pub(super) fn passes(self) -> bool {
         matches!(self, Verdict::Improved | Verdict::Pass | Verdict::Same)
     }
 }
 
 /// How strict the judgement is.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Rules {
     /// Chance of any false REGRESSED, and of a false PASS.
     pub alpha: f64,

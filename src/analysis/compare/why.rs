@@ -6,8 +6,12 @@ use std::collections::BTreeSet;
 use super::arms::Arms;
 use super::cells::interval_ratio;
 use super::effect::{Series, estimate};
-use super::result::{Comparand, Decomposition, Layer, Metric, MovedLatency, Part, Why};
-use super::sample::{CellSample, DIAGNOSTICS, Sample};
+use super::library::library_cells;
+use super::probes;
+use super::result::{
+    AlgorithmChange, Comparand, Decomposition, FormPair, Layer, Library, Metric, MovedLatency, Part, Why,
+};
+use super::sample::{CellSample, DIAGNOSTICS, PTX, Sample};
 use super::session::Group;
 use super::verdict::Verdict;
 use crate::analysis::stats::{TQuantiles, benjamini_hochberg, mean};
@@ -17,33 +21,62 @@ use crate::record::{Maybe, Workload};
 const DISCOVERY_RATE: f64 = 0.10;
 
 /// Kinds of work, each by the cells that show it alone.
-const LAYERS: [&str; 4] = ["prefill", "decode", "generation", "serving"];
+const LAYERS: [&str; 5] = ["prefill", "decode", "attention", "generation", "serving"];
+/// Context from which a decode cell shows attention more than the reading of weights, tokens.
+const LONG_CONTEXT: u32 = 2048;
 
 fn layer_of(workload: &Workload) -> &'static str {
     match workload {
         Workload::Prefill { .. } => LAYERS[0],
+        Workload::Decode { depth, .. } if *depth >= LONG_CONTEXT => LAYERS[2],
         Workload::Decode { .. } => LAYERS[1],
-        Workload::Generate { .. } => LAYERS[2],
-        Workload::ServeClosed { .. } | Workload::ServeOpen { .. } => LAYERS[3],
+        Workload::Generate { .. } => LAYERS[3],
+        Workload::ServeClosed { .. } | Workload::ServeOpen { .. } => LAYERS[4],
     }
 }
 
-pub(super) fn explain(arms: &Arms<'_>, cells: &[Comparand], quantiles: &TQuantiles) -> Why {
+pub(super) fn explain(
+    arms: &Arms<'_>,
+    cells: &[Comparand],
+    algorithms: Vec<AlgorithmChange>,
+    quantiles: &TQuantiles,
+) -> Why {
     let compared: Vec<&Comparand> = cells
         .iter()
         .filter(|cell| cell.metric == Metric::Throughput && cell.numbers.value().is_some())
         .collect();
     let (latencies_tested, latencies) = moved_latencies(arms, &compared);
+    let in_library = library_cells(arms);
+    let is_library = |cell: &&&Comparand| in_library.contains_key(cell.cell.as_str());
+    let (by_library, by_kernels): (Vec<&Comparand>, Vec<&Comparand>) =
+        compared.iter().copied().partition(|cell| is_library(&cell));
+    let apart = LAYERS.iter().map(|name| Layer {
+        layer: format!("{name}, products by cuBLASLt"),
+        ..layer(arms, name, &by_library)
+    });
+    let has_other_algorithm =
+        |key: &String| algorithms.iter().any(|change| change.cells.iter().any(|cell| cell == key));
+    let changed =
+        compared.iter().filter(|cell| output_changed(arms, &cell.cell)).map(|cell| cell.cell.clone());
+    let (library_outputs, outputs_changed): (Vec<String>, Vec<String>) =
+        changed.partition(has_other_algorithm);
     Why {
         decompositions: compared.iter().filter_map(|cell| decompose(arms, &cell.cell, quantiles)).collect(),
-        layers: LAYERS.iter().map(|name| layer(arms, name, &compared)).collect(),
+        layers: LAYERS
+            .iter()
+            .map(|name| layer(arms, name, &by_kernels))
+            .chain(apart.filter(|layer| layer.cells > 0))
+            .collect(),
+        probes: probes::compare(arms, quantiles),
+        library: Library {
+            cells: by_library.iter().map(|cell| cell.cell.clone()).collect(),
+            outputs_changed: library_outputs,
+            algorithms,
+        },
+        forms: form_pairs(&compared),
         latencies,
         latencies_tested,
-        outputs_changed: compared
-            .iter()
-            .filter(|cell| output_changed(arms, &cell.cell))
-            .map(|cell| cell.cell.clone())
-            .collect(),
+        outputs_changed,
     }
 }
 
@@ -132,6 +165,22 @@ fn layer(arms: &Arms<'_>, name: &str, compared: &[&Comparand]) -> Layer {
             _ => Maybe::Value(mean(&changes).exp_m1()),
         },
     }
+}
+
+/// Cells that were measured with kernels of both forms.
+fn form_pairs(compared: &[&Comparand]) -> Vec<FormPair> {
+    let pair = |ptx: &&Comparand| {
+        let cell = ptx.cell.strip_suffix(PTX)?;
+        let sass = compared.iter().find(|other| other.cell == cell)?;
+        Some(FormPair {
+            cell: cell.to_owned(),
+            sass: sass.verdict,
+            sass_effect_ratio: sass.numbers.value()?.effect_ratio,
+            ptx: ptx.verdict,
+            ptx_effect_ratio: ptx.numbers.value()?.effect_ratio,
+        })
+    };
+    compared.iter().filter_map(pair).collect()
 }
 
 fn moved_latencies(arms: &Arms<'_>, compared: &[&Comparand]) -> (u32, Vec<MovedLatency>) {

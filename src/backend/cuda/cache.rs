@@ -11,6 +11,9 @@ use crate::weights::fetch;
 
 /// Images of kernels, by (source, headers, options, compiler, architecture).
 pub(super) const KERNELS: Kind = Kind { folder: "kernels", extension: "cubin", magic: b"tokmeter-cubin/1\n" };
+/// Intermediate code of kernels, by the same.
+pub(super) const INTERMEDIATE: Kind =
+    Kind { folder: "kernels", extension: "ptx", magic: b"tokmeter-ptx/1\n" };
 /// Algorithms of cuBLASLt, by (device, driver, library, product).
 pub(super) const ALGORITHMS: Kind =
     Kind { folder: "cublaslt", extension: "algorithm", magic: b"tokmeter-cublaslt/1\n" };

@@ -1,7 +1,8 @@
 //! From the kernel sources in this binary to an image that the opened device can load. In this order: a CUBIN that was
-//! embedded when the binary was built, one from the cache on disk, one that NVRTC makes now.
+//! embedded when the binary was built, one from the cache on disk, one that NVRTC makes now. Where the driver's own
+//! compiler is to be measured, PTX from the cache or from NVRTC instead.
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 
 use super::cache::{self, Cache};
 use super::context::Properties;
@@ -74,6 +75,41 @@ impl Origin {
     }
 }
 
+/// What the driver is given.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Form {
+    /// Machine code for the very device: the driver only loads it.
+    #[default]
+    Sass,
+    /// Intermediate code, which the driver's compiler makes machine code from.
+    Ptx,
+}
+
+impl Form {
+    /// As in records.
+    pub fn name(self) -> &'static str {
+        match self {
+            Form::Sass => "sass",
+            Form::Ptx => "ptx",
+        }
+    }
+
+    /// What the compiler is told to compile for.
+    fn target(self, architecture: &str) -> String {
+        match self {
+            Form::Sass => architecture.to_owned(),
+            Form::Ptx => architecture.replacen("sm_", "compute_", 1),
+        }
+    }
+
+    fn cache(self) -> cache::Kind {
+        match self {
+            Form::Sass => cache::KERNELS,
+            Form::Ptx => cache::INTERMEDIATE,
+        }
+    }
+}
+
 /// Architectures for which this binary carries all its kernels compiled, oldest first.
 pub fn embedded_architectures() -> Vec<&'static str> {
     let mut found: Vec<&str> = PREBUILT.iter().filter_map(|kernel| kernel.name.split('.').nth(1)).collect();
@@ -97,10 +133,11 @@ pub fn architecture((major, minor): (i32, i32)) -> anyhow::Result<String> {
 
 /// Turns sources into images for one device. The compiler is only looked for when it is needed.
 pub(super) struct Compiler {
+    form: Form,
     architecture: String,
     is_emulated: bool,
     driver_cuda_version: i32,
-    cubins: Option<Cache>,
+    images: Option<Cache>,
     /// Version, once the compiler was found.
     nvrtc: Option<String>,
 }
@@ -108,12 +145,13 @@ pub(super) struct Compiler {
 impl Compiler {
     /// # Errors
     /// When the device is too old for the kernels.
-    pub(super) fn new(device: &Properties) -> anyhow::Result<Self> {
+    pub(super) fn new(device: &Properties, form: Form) -> anyhow::Result<Self> {
         Ok(Compiler {
+            form,
             architecture: architecture(device.compute_capability)?,
             is_emulated: device.is_emulated(),
             driver_cuda_version: device.driver_cuda_version,
-            cubins: Cache::of_user(cache::KERNELS),
+            images: Cache::of_user(form.cache()),
             nvrtc: None,
         })
     }
@@ -125,24 +163,35 @@ impl Compiler {
     /// # Errors
     /// When there is no image and no compiler, or it refuses the source.
     pub(super) fn image(&mut self, source: Source) -> anyhow::Result<(Vec<u8>, Origin)> {
-        if self.is_emulated {
-            return Ok((source.text.as_bytes().to_vec(), Origin::Emulated));
+        if let (Form::Sass, Some(ready)) = (self.form, self.without_compiler(source)) {
+            return Ok(ready);
         }
-        if let Some(image) = prebuilt(source, &self.architecture) {
-            return Ok((image.to_vec(), Origin::Prebuilt));
-        }
-        let version = self.find_nvrtc()?;
-        let key = cache_key(source, &self.architecture, &version);
-        if let Some(image) = self.cubins.as_ref().and_then(|cubins| cubins.get(&key)) {
+        let version = match (self.form, self.find_nvrtc()) {
+            (Form::Ptx, Err(error)) => {
+                bail!("intermediate code for the driver to compile (--jit ptx) is in no binary: {error:#}")
+            }
+            (_, version) => version?,
+        };
+        let target = self.form.target(&self.architecture);
+        let key = cache_key(source, &target, &version);
+        if let Some(image) = self.images.as_ref().and_then(|images| images.get(&key)) {
             return Ok((image, Origin::Cache));
         }
-        let image = compile(source, &self.architecture)
-            .with_context(|| format!("NVRTC {version} for {}", self.architecture))?;
-        if let Some(cubins) = &self.cubins {
+        let image =
+            compile(source, self.form, &target).with_context(|| format!("NVRTC {version} for {target}"))?;
+        if let Some(images) = &self.images {
             // A full or read-only disk costs the next run some seconds.
-            let _ = cubins.put(&key, &image);
+            let _ = images.put(&key, &image);
         }
         Ok((image, Origin::Compiled))
+    }
+
+    /// What the stand-in driver takes, or what this binary carries.
+    fn without_compiler(&self, source: Source) -> Option<(Vec<u8>, Origin)> {
+        if self.is_emulated {
+            return Some((source.text.as_bytes().to_vec(), Origin::Emulated));
+        }
+        prebuilt(source, &self.architecture).map(|image| (image.to_vec(), Origin::Prebuilt))
     }
 
     fn find_nvrtc(&mut self) -> anyhow::Result<String> {
@@ -158,10 +207,10 @@ impl Compiler {
 
 /// # Errors
 /// With the compiler's log. The compiler must be ready.
-fn compile(source: Source, architecture: &str) -> anyhow::Result<Vec<u8>> {
-    let mut options = vec![format!("--gpu-architecture={architecture}")];
+fn compile(source: Source, form: Form, target: &str) -> anyhow::Result<Vec<u8>> {
+    let mut options = vec![format!("--gpu-architecture={target}")];
     options.extend(OPTIONS.map(str::to_owned));
-    nvrtc::compile(&format!("{}.cu", source.name), source.text, &HEADERS, &options)
+    nvrtc::compile(&format!("{}.cu", source.name), source.text, &HEADERS, &options, form)
 }
 
 /// What the text of the kernels depends on.
@@ -197,12 +246,13 @@ mod tests {
         found.is_ok()
     }
 
-    fn compiler_for(architecture: &str, cache: &std::path::Path) -> Compiler {
+    fn compiler_for(architecture: &str, cache: &std::path::Path, form: Form) -> Compiler {
         Compiler {
+            form,
             architecture: architecture.to_owned(),
             is_emulated: false,
             driver_cuda_version: 13_000,
-            cubins: Some(Cache::at(cache::KERNELS, cache)),
+            images: Some(Cache::at(form.cache(), cache)),
             nvrtc: None,
         }
     }
@@ -214,7 +264,7 @@ mod tests {
         }
         for architecture in ["sm_80", "sm_90a", "sm_120a"] {
             for source in SOURCES {
-                let image = compile(source, architecture).unwrap();
+                let image = compile(source, Form::Sass, architecture).unwrap();
                 let entry =
                     format!(".text.{}", FIRST_ENTRY[SOURCES.iter().position(|s| *s == source).unwrap()]);
                 let has_entry = image.windows(entry.len()).any(|bytes| bytes == entry.as_bytes());
@@ -256,7 +306,7 @@ mod tests {
     fn what_is_embedded_is_found_without_a_compiler() {
         let dir = tempfile::tempdir().unwrap();
         for architecture in embedded_architectures() {
-            let mut compiler = compiler_for(architecture, dir.path());
+            let mut compiler = compiler_for(architecture, dir.path(), Form::Sass);
             for source in SOURCES {
                 let (image, origin) = compiler.image(source).unwrap();
                 assert!(image.starts_with(b"\x7fELF") && origin == Origin::Prebuilt, "{}", source.name);
@@ -284,7 +334,7 @@ mod tests {
             return;
         }
         let dir = tempfile::tempdir().unwrap();
-        let mut compiler = compiler_for("sm_90a", dir.path());
+        let mut compiler = compiler_for("sm_90a", dir.path(), Form::Sass);
         // Not one of ours: those may be embedded.
         let own = Source {
             name: "own",
@@ -309,6 +359,28 @@ mod tests {
             error.contains("for sm_10") && error.contains("\nhint: this compiler does not know"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn intermediate_code_is_made_for_the_virtual_architecture_and_kept_apart() {
+        if !has_compiler() {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        for architecture in ["sm_80", "sm_90a", "sm_120a"] {
+            let mut compiler = compiler_for(architecture, dir.path(), Form::Ptx);
+            // What is embedded is machine code and must not be taken.
+            let (image, origin) = compiler.image(EMBED).unwrap();
+            let text = std::str::from_utf8(&image).unwrap();
+            assert_eq!(origin, Origin::Compiled);
+            assert!(text.contains(".visible .entry embed_bf16("), "{architecture}");
+            assert!(text.contains(&format!(".target {architecture}")), "{architecture}");
+            assert_eq!(compiler.image(EMBED).unwrap(), (image, Origin::Cache));
+        }
+        let files =
+            || std::fs::read_dir(dir.path().join("kernels")).unwrap().map(|entry| entry.unwrap().path());
+        assert_eq!(files().count(), 3);
+        assert!(files().all(|path| path.extension().is_some_and(|extension| extension == "ptx")));
     }
 
     #[test]

@@ -7,7 +7,7 @@ use anyhow::ensure;
 
 use super::attend::Attention;
 use super::buffers::{CudaWeight, Values};
-use super::compile::Origin;
+use super::compile::{Form, Origin};
 use super::context::{Context, Properties, Stream};
 use super::convert::{CudaDType, rows_to_bits};
 use super::kernels::{HEAD_DIMS, Kernels, MAX_GROUP};
@@ -41,11 +41,19 @@ pub struct CudaOptions {
     pub gemm: Gemm,
     /// Capture decode steps as graphs and replay them.
     pub graphs: bool,
+    /// What the driver is given of the model's kernels.
+    pub form: Form,
 }
 
 impl Default for CudaOptions {
     fn default() -> Self {
-        CudaOptions { dtype: CudaDType::Bf16, deterministic: false, gemm: Gemm::Auto, graphs: true }
+        CudaOptions {
+            dtype: CudaDType::Bf16,
+            deterministic: false,
+            gemm: Gemm::Auto,
+            graphs: true,
+            form: Form::Sass,
+        }
     }
 }
 
@@ -102,7 +110,7 @@ impl Cuda {
     pub fn new(index: u32, shape: Shape, options: CudaOptions) -> anyhow::Result<Self> {
         supports(&shape)?;
         let context = Context::open(index)?;
-        let kernels = Kernels::load(&context, options.dtype, shape.head_dim)?;
+        let kernels = Kernels::load(&context, options.dtype, shape.head_dim, options.form)?;
         let queue = Queue::new(Stream::new(&context)?);
         let stream = Arc::clone(&queue.stream);
         let mut cuda = Cuda {
@@ -139,6 +147,7 @@ impl Cuda {
         KernelInfo {
             architecture: self.kernels.architecture.clone(),
             origins: self.kernels.origins.iter().map(name).collect(),
+            form: self.options.form.name(),
             graphs: self.options.graphs,
             dependent_launch: self.properties().has_dependent_launch(),
             deterministic: self.options.deterministic,

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use super::compile::{self, Compiler, Origin, Source};
+use super::compile::{self, Compiler, Form, Origin, Source};
 use super::context::Context;
 use super::convert::CudaDType;
 use super::module::{Kernel, Module};
@@ -64,9 +64,13 @@ pub(super) struct Kernels {
 impl Kernels {
     /// # Errors
     /// When a module cannot be compiled or loaded, or lacks a kernel.
-    pub(super) fn load(context: &Arc<Context>, dtype: CudaDType, head_dim: usize) -> anyhow::Result<Self> {
-        let mut loader =
-            Loader { context, compiler: Compiler::new(context.properties())?, origins: Vec::new() };
+    pub(super) fn load(
+        context: &Arc<Context>,
+        dtype: CudaDType,
+        head_dim: usize,
+        form: Form,
+    ) -> anyhow::Result<Self> {
+        let mut loader = Loader::new(context, form)?;
         let t = dtype.name();
         let (embed, norm, rope) =
             (loader.module(compile::EMBED)?, loader.module(compile::NORM)?, loader.module(compile::ROPE)?);
@@ -154,8 +158,8 @@ impl PeakKernels {
     /// # Errors
     /// As for [`Kernels::load`].
     pub(super) fn load(context: &Arc<Context>, dtype: CudaDType) -> anyhow::Result<Self> {
-        let mut loader =
-            Loader { context, compiler: Compiler::new(context.properties())?, origins: Vec::new() };
+        // Ceilings are the hardware's: they are measured with machine code, whatever the model's kernels are.
+        let mut loader = Loader::new(context, Form::Sass)?;
         let (peaks, synthetic) = (loader.module(compile::PEAKS)?, loader.module(compile::SYNTHETIC)?);
         Ok(PeakKernels {
             read_bandwidth: peaks.kernel("read_bandwidth".to_owned())?,
@@ -169,14 +173,23 @@ impl PeakKernels {
 
 struct Loader<'a> {
     context: &'a Arc<Context>,
+    form: Form,
     compiler: Compiler,
     origins: Vec<(&'static str, Origin)>,
 }
 
-impl Loader<'_> {
+impl<'a> Loader<'a> {
+    fn new(context: &'a Arc<Context>, form: Form) -> anyhow::Result<Self> {
+        let compiler = Compiler::new(context.properties(), form)?;
+        Ok(Loader { context, form, compiler, origins: Vec::new() })
+    }
+
     fn module(&mut self, source: Source) -> anyhow::Result<Arc<Module>> {
         let (image, origin) = self.compiler.image(source)?;
         self.origins.push((source.name, origin));
-        Ok(Module::load(self.context, source.name, &image)?)
+        Ok(match self.form {
+            Form::Sass => Module::load(self.context, source.name, &image)?,
+            Form::Ptx => Module::compile(self.context, source.name, &image)?,
+        })
     }
 }

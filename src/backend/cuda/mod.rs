@@ -29,6 +29,7 @@ mod samples;
 mod staging;
 
 pub use buffers::{CudaBuf, CudaKv, CudaWeight};
+pub use compile::Form;
 pub use compile::{Origin, architecture, embedded_architectures};
 pub use context::Properties;
 pub use convert::CudaDType;

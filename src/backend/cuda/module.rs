@@ -13,6 +13,9 @@ use crate::record::{KernelResources, Maybe};
 /// Shared memory that a block may have without asking for it.
 const DEFAULT_SHARED_BYTES: u32 = 48 << 10;
 
+/// Room for what the driver's compiler has to say.
+const JIT_LOG_BYTES: usize = 8 << 10;
+
 /// A loaded image of kernels.
 #[derive(Debug)]
 pub(super) struct Module {
@@ -38,6 +41,42 @@ impl Module {
         // SAFETY: a context is current; the image is terminated as text must be, and outlives the call.
         check_call(unsafe { sys::cuModuleLoadData(&raw mut raw, terminated.as_ptr().cast()) }, || {
             format!("cuModuleLoadData of the kernels in {name}.cu")
+        })?;
+        Ok(Arc::new(Module { context: Arc::clone(context), raw }))
+    }
+
+    /// Has the driver compile intermediate code for the device, and loads what it makes.
+    ///
+    /// # Errors
+    /// With the first line of what its compiler says.
+    #[allow(unsafe_code)]
+    pub(super) fn compile(context: &Arc<Context>, name: &str, ptx: &[u8]) -> Result<Arc<Self>, CudaError> {
+        use sys::CUjit_option::{CU_JIT_ERROR_LOG_BUFFER, CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES};
+        context.bind()?;
+        let mut terminated = ptx.to_vec();
+        terminated.push(0);
+        let mut log = vec![0u8; JIT_LOG_BYTES];
+        let mut options = [CU_JIT_ERROR_LOG_BUFFER, CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES];
+        // A value is a pointer or, for the size, a number in a pointer's place.
+        let mut values = [log.as_mut_ptr().cast(), std::ptr::without_provenance_mut(JIT_LOG_BYTES - 1)];
+        let mut raw = std::ptr::null_mut();
+        // SAFETY: a context is current; the text is terminated; both lists have two entries; the driver writes at most
+        // the given size into the log, which outlives the call and ends with a zero that is not counted.
+        let result = unsafe {
+            sys::cuModuleLoadDataEx(
+                &raw mut raw,
+                terminated.as_ptr().cast(),
+                options.len() as u32,
+                options.as_mut_ptr(),
+                values.as_mut_ptr(),
+            )
+        };
+        check_call(result, || {
+            let said = log.split(|byte| *byte == 0).next().unwrap_or_default();
+            let said = String::from_utf8_lossy(said);
+            let said =
+                said.lines().next().map_or(String::new(), |line| format!(", whose compiler says \"{line}\""));
+            format!("cuModuleLoadDataEx of the intermediate code of {name}.cu{said}")
         })?;
         Ok(Arc::new(Module { context: Arc::clone(context), raw }))
     }

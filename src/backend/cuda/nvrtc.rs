@@ -1,9 +1,11 @@
-//! The kernel compiler: source text and in-memory headers to a CUBIN. The library must have been made ready.
+//! The kernel compiler: source text and in-memory headers to a CUBIN or to PTX. The library must have been made ready.
 
 use std::ffi::{CStr, CString, c_char};
 
 use anyhow::{Context as _, bail};
 use cudarc::nvrtc::sys::{self, nvrtcResult};
+
+use super::compile::Form;
 
 /// Version of the compiler, `13.0`.
 #[allow(unsafe_code)]
@@ -14,7 +16,7 @@ pub(super) fn version() -> anyhow::Result<String> {
     Ok(format!("{major}.{minor}"))
 }
 
-/// Compiles `source` (named `name` in messages) to a CUBIN.
+/// Compiles `source` (named `name` in messages) to machine code, or to intermediate code without its ending zero.
 ///
 /// # Errors
 /// With the compiler's log.
@@ -24,6 +26,7 @@ pub(super) fn compile(
     source: &str,
     headers: &[(&str, &str)],
     options: &[String],
+    form: Form,
 ) -> anyhow::Result<Vec<u8>> {
     let program = Program::new(name, source, headers)?;
     let options = c_strings(options.iter().map(String::as_str))?;
@@ -39,14 +42,12 @@ pub(super) fn compile(
         };
         bail!("compiling {name}: {}\n{}{hint}", text(result), program.log().trim_end());
     }
-    let mut size = 0;
-    // SAFETY: the program lives and was compiled.
-    check("nvrtcGetCUBINSize", unsafe { sys::nvrtcGetCUBINSize(program.0, &raw mut size) })?;
-    let mut image = vec![0u8; size];
-    // SAFETY: `image` has the size that was just asked for.
-    check("nvrtcGetCUBIN", unsafe { sys::nvrtcGetCUBIN(program.0, image.as_mut_ptr().cast()) })?;
+    let image = match form {
+        Form::Sass => program.cubin()?,
+        Form::Ptx => program.ptx()?,
+    };
     if image.is_empty() {
-        bail!("compiling {name}: the compiler made no CUBIN for {}", options[0].to_string_lossy());
+        bail!("compiling {name}: the compiler made no {} for {}", form.name(), options[0].to_string_lossy());
     }
     Ok(image)
 }
@@ -74,6 +75,34 @@ impl Program {
             )
         })?;
         Ok(Program(program))
+    }
+
+    /// Of a compiled program.
+    #[allow(unsafe_code)]
+    fn cubin(&self) -> anyhow::Result<Vec<u8>> {
+        let mut size = 0;
+        // SAFETY: the program lives and was compiled.
+        check("nvrtcGetCUBINSize", unsafe { sys::nvrtcGetCUBINSize(self.0, &raw mut size) })?;
+        let mut image = vec![0u8; size];
+        // SAFETY: `image` has the size that was just asked for.
+        check("nvrtcGetCUBIN", unsafe { sys::nvrtcGetCUBIN(self.0, image.as_mut_ptr().cast()) })?;
+        Ok(image)
+    }
+
+    /// Of a compiled program.
+    #[allow(unsafe_code)]
+    fn ptx(&self) -> anyhow::Result<Vec<u8>> {
+        let mut size = 0;
+        // SAFETY: the program lives and was compiled.
+        check("nvrtcGetPTXSize", unsafe { sys::nvrtcGetPTXSize(self.0, &raw mut size) })?;
+        let mut text = vec![0u8; size];
+        // SAFETY: `text` has the size that was just asked for.
+        check("nvrtcGetPTX", unsafe { sys::nvrtcGetPTX(self.0, text.as_mut_ptr().cast()) })?;
+        // The size counts the zero at the end.
+        while text.last() == Some(&0) {
+            text.pop();
+        }
+        Ok(text)
     }
 
     #[allow(unsafe_code)]

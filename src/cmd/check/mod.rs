@@ -8,7 +8,7 @@ use std::path::PathBuf;
 
 use clap::ValueEnum;
 
-use super::device::{self, DType, GemmChoice, Target};
+use super::device::{self, DType, GemmChoice, JitChoice, Target};
 use super::{FAILED, print};
 
 /// Check what this device computes against the reference, or dump log-probabilities of given texts
@@ -42,6 +42,9 @@ pub struct Args {
     /// On cuda: what computes products of more than 64 rows [auto: cuBLASLt where it is found]
     #[arg(long, value_enum, default_value_t = GemmChoice::Auto)]
     gemm: GemmChoice,
+    /// On cuda: the kernels as machine code, or as intermediate code that the driver compiles
+    #[arg(long, value_enum, default_value_t = JitChoice::Sass)]
+    jit: JitChoice,
     /// CPU threads that compute [default: the cores this process may use]
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
@@ -77,7 +80,7 @@ enum Format {
 /// # Errors
 /// When nothing could be checked. A check that fails is a result, and only changes the exit code.
 pub fn run(args: Args) -> anyhow::Result<u8> {
-    let target = Target::settle(&args.device, args.dtype, args.deterministic, args.gemm)?;
+    let target = Target::settle(&args.device, args.dtype, args.deterministic, args.gemm, args.jit)?;
     device::check_threads(args.threads)?;
     device::start_threads(args.threads)?;
     if let Some(file) = &args.prompts {

@@ -5,12 +5,13 @@ mod store;
 
 use std::path::{Path, PathBuf};
 
+use anyhow::Context as _;
 use clap::ValueEnum;
 use rayon::prelude::*;
 
 use super::{bad_file, print, remark, usage};
 use crate::analysis::compare::{
-    self, CellThreshold, Declared, GROUPS, Metric, Rules, Sample, Settings, Thresholds, Verdict,
+    self, CellThreshold, Comparison, Declared, GROUPS, Metric, Rules, Sample, Settings, Thresholds, Verdict,
 };
 use crate::{record, report};
 
@@ -22,6 +23,7 @@ use crate::{record, report};
     Examples:\n  \
     tokmeter compare --baseline before-*.json --candidate after-*.json --noise noise-*.json\n  \
     tokmeter compare --baseline a.json --candidate b.json --changing kernel --format markdown\n  \
+    tokmeter compare --baseline a*.json --candidate b*.json --out page.html --out ticket.md --out verdict.json\n  \
     tokmeter compare --store /var/lib/tokmeter --baseline before-*.json    keep sessions as the baseline\n  \
     tokmeter compare --store /var/lib/tokmeter --candidate after.json      compare with what is kept\n\n\
     Exit codes: 0 same, pass or improved, 10 regressed, 11 inconclusive, 12 not comparable or confounded, 13 meter \
@@ -63,6 +65,10 @@ pub struct Args {
     /// How the result is printed
     #[arg(long, value_enum, default_value_t = Format::Table)]
     format: Format,
+    /// Also write the result here, as the ending says: .json, .md, .html (a page with plots) or .txt; may be given
+    /// several times
+    #[arg(long, short, value_name = "FILE")]
+    out: Vec<PathBuf>,
     /// Also compare records that say they are no measurement
     #[arg(long, hide = true)]
     allow_not_a_measurement: bool,
@@ -79,12 +85,42 @@ enum Format {
     Table,
     Json,
     Markdown,
+    Html,
+}
+
+impl Format {
+    /// # Errors
+    /// When the ending of the file says nothing.
+    fn of(path: &Path) -> anyhow::Result<Format> {
+        let ending = path.extension().map(std::ffi::OsStr::to_ascii_lowercase);
+        match ending.as_deref().and_then(std::ffi::OsStr::to_str) {
+            Some("json") => Ok(Format::Json),
+            Some("md") => Ok(Format::Markdown),
+            Some("html" | "htm") => Ok(Format::Html),
+            Some("txt") => Ok(Format::Table),
+            _ => Err(usage(format!(
+                "--out is '{}', expected an ending .json, .md, .html or .txt",
+                path.display()
+            ))),
+        }
+    }
+
+    fn write(self, result: &Comparison) -> anyhow::Result<String> {
+        Ok(match self {
+            Format::Table => report::comparison_table(result),
+            Format::Json => report::comparison_json(result)?,
+            Format::Markdown => report::comparison_markdown(result),
+            Format::Html => report::comparison_page(result)?,
+        })
+    }
 }
 
 /// # Errors
 /// When a file is no record, or is one that says it is no measurement, or the command line makes no sense.
 pub fn run(args: Args) -> anyhow::Result<u8> {
     let settings = settings(&args)?;
+    let places: Vec<(&PathBuf, Format)> =
+        args.out.iter().map(|path| Ok((path, Format::of(path)?))).collect::<anyhow::Result<_>>()?;
     let read = |files: &[PathBuf]| read_all(files, args.allow_not_a_measurement);
     let mut candidate = read(&args.candidate)?;
     let (mut baseline, mut noise) = match &args.store {
@@ -101,11 +137,12 @@ pub fn run(args: Args) -> anyhow::Result<u8> {
     };
     compare::align([&mut baseline, &mut candidate, &mut noise].into_iter().flatten());
     let result = compare::compare(&baseline, &candidate, &noise, &settings);
-    print(&match args.format {
-        Format::Table => report::comparison_table(&result),
-        Format::Json => report::comparison_json(&result)?,
-        Format::Markdown => report::comparison_markdown(&result),
-    })?;
+    for (path, format) in places {
+        record::write_atomically(path, format.write(&result)?.as_bytes())
+            .with_context(|| format!("{}: cannot write the comparison", path.display()))?;
+        remark(&format!("comparison: {}", path.display()));
+    }
+    print(&args.format.write(&result)?)?;
     Ok(match (result.verdict, args.inconclusive) {
         (Verdict::Inconclusive, Inconclusive::Pass) => 0,
         (verdict, _) => verdict.exit_code(),
@@ -120,6 +157,9 @@ fn refuse_mixture(args: &Args) -> anyhow::Result<()> {
         (false, false) => {
             let hint = "hint: compare the two without --store, or keep the baseline first";
             Err(usage(format!("--store takes --baseline or --candidate, got both\n{hint}")))
+        }
+        (false, true) if !args.out.is_empty() => {
+            Err(usage("--out is for a comparison, and --store with --baseline only keeps records"))
         }
         _ => Ok(()),
     }

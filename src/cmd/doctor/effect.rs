@@ -8,7 +8,7 @@ use crate::analysis::stats::{Change, paired_change};
 use crate::arch::Config;
 use crate::backend::{Backend, Cpu, CpuDType, Cuda, CudaOptions, Sampling};
 use crate::clock::Clock;
-use crate::cmd::device::{self, Target};
+use crate::cmd::device::{self, GemmChoice, JitChoice, Target};
 use crate::cmd::model::{config_of, name_of};
 use crate::cmd::{bad_file, usage};
 use crate::engine::{Engine, EngineLimits, LlmEngine, Request, StepOutput, pages_needed};
@@ -72,7 +72,7 @@ struct Pair {
 /// When the model or a named trace cannot be read, the command line does not fit the device, or the device fails.
 pub(super) fn measure(request: &Wanted) -> anyhow::Result<(Section, Option<Effect>)> {
     let mut section = Section::new("sampler effect");
-    let target = Target::settle(&request.asked.to_string(), None, false, device::GemmChoice::Auto)?;
+    let target = Target::settle(&request.asked.to_string(), None, false, GemmChoice::Auto, JitChoice::Sass)?;
     let clock = Clock::monotonic();
     let subject = match target {
         Target::Cpu(_) => Subject::Cpu,

@@ -10,7 +10,7 @@ use anyhow::Context as _;
 use clap::ValueEnum;
 use serde::Serialize;
 
-use super::device::{self, DType, GemmChoice, Target};
+use super::device::{self, DType, GemmChoice, JitChoice, Target};
 use super::model::config_of;
 use super::{print, remark, usage};
 use crate::backend::peaks::Protocol;
@@ -119,7 +119,7 @@ pub fn run(args: Args) -> anyhow::Result<u8> {
         return Err(usage(format!("--seconds is {}, expected more than 0 and at most 3600", args.seconds)));
     }
     check_out(args.out.as_deref())?;
-    let target = Target::settle(&args.device, args.dtype, false, args.gemm)?;
+    let target = Target::settle(&args.device, args.dtype, false, args.gemm, JitChoice::Sass)?;
     device::check_threads(args.threads)?;
     let request = args.ops.then(|| ops::Request::settle(&args)).transpose()?;
     device::start_threads(args.threads)?;

@@ -134,9 +134,13 @@ impl Choices {
     /// Usage errors, and a broken suite file.
     pub(super) fn settle(args: &Args) -> anyhow::Result<Self> {
         let subject = match args.engine {
-            EngineChoice::Llm => {
-                Subject::Model(Target::settle(&args.device, args.dtype, args.deterministic, args.gemm)?)
-            }
+            EngineChoice::Llm => Subject::Model(Target::settle(
+                &args.device,
+                args.dtype,
+                args.deterministic,
+                args.gemm,
+                args.jit,
+            )?),
             EngineChoice::Fake => {
                 let script =
                     serde_json::from_str(&args.fake_script).context("--fake-script").map_err(usage)?;

@@ -23,7 +23,7 @@ use crate::record::{Cell, Outcome, Record, Status, Store, Thermal, Workload, che
 use crate::runner::{self, Stage, Witness};
 use crate::{analysis, report};
 
-use super::device::{DType, GemmChoice};
+use super::device::{DType, GemmChoice, JitChoice};
 use super::price::PriceArgs;
 use super::{FAILED, INTERRUPTED, interrupt, print, remark, usage};
 use choices::Choices;
@@ -72,6 +72,9 @@ pub struct Args {
     /// On cuda: what computes products of more than 64 rows [auto: cuBLASLt where it is found]
     #[arg(long, value_enum, default_value_t = GemmChoice::Auto)]
     gemm: GemmChoice,
+    /// On cuda: the kernels as machine code, or as intermediate code that the driver compiles
+    #[arg(long, value_enum, default_value_t = JitChoice::Sass)]
+    jit: JitChoice,
     /// CPU threads that compute [default: the cores this process may use]
     #[arg(long, value_name = "N")]
     threads: Option<usize>,

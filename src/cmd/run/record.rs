@@ -117,6 +117,7 @@ fn kernels(info: KernelInfo) -> Kernels {
     Kernels {
         architecture: info.architecture,
         origins: origins.collect(),
+        form: Maybe::Value(info.form.to_owned()),
         graphs: info.graphs,
         dependent_launch: info.dependent_launch,
         deterministic: info.deterministic,

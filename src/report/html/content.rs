@@ -5,21 +5,28 @@ use serde::Serialize;
 /// The whole page.
 #[derive(Debug, Serialize)]
 pub(super) struct Page {
+    /// The command that makes such pages.
+    pub(super) program: &'static str,
     pub(super) title: String,
+    /// Class of the title in the style sheet; none where nothing was judged.
+    pub(super) tone: &'static str,
     pub(super) style: &'static str,
     pub(super) version: &'static str,
+    /// What the numbers come from.
+    pub(super) origin: &'static str,
     /// What nobody may overlook.
     pub(super) warnings: Vec<String>,
+    /// What stands under the title, most important first.
+    pub(super) lead: Vec<String>,
     pub(super) records: Vec<RecordHead>,
     pub(super) sections: Vec<Section>,
 }
 
-/// A record as the legend of the page names it.
+/// A record, or a side of a comparison, as the legend of the page names it.
 #[derive(Debug, Serialize)]
 pub(super) struct RecordHead {
     /// Finished markup.
     pub(super) swatch: String,
-    pub(super) number: usize,
     pub(super) name: String,
     pub(super) facts: Vec<(&'static str, String)>,
 }

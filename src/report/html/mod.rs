@@ -1,8 +1,9 @@
-//! One self-contained HTML page from records: no script, no request, light and dark, readable on paper. Sections are
+//! One self-contained HTML page from records, or from a comparison of records: no script, no request, light and dark, readable on paper. Sections are
 //! computed as data ([`content`]), charts as SVG ([`chart`]); the template `page.html` alone lays them out, and escapes
 //! whatever comes from a record.
 
 mod chart;
+mod comparison;
 mod content;
 mod cost;
 mod environment;
@@ -26,6 +27,8 @@ use rayon::prelude::*;
 
 use crate::record::{Maybe, Record, Status, canonical_sha256};
 
+pub use comparison::page as comparison_page;
+
 use content::{Page, RecordHead};
 use subject::{Subject, models};
 use svg::printable;
@@ -39,9 +42,13 @@ const TEMPLATE: &str = "page.html";
 pub fn page(records: &[Record]) -> anyhow::Result<String> {
     let subjects = Subject::all(records);
     let page = Page {
+        program: "tokmeter report",
         title: title(&subjects),
+        tone: "",
         style: include_str!("style.css"),
         version: env!("CARGO_PKG_VERSION"),
+        origin: "the records above alone; every number is in them or follows from them by METHODOLOGY.md",
+        lead: Vec::new(),
         warnings: subjects.iter().flat_map(warnings).collect(),
         records: subjects.par_iter().map(head).collect(),
         sections: vec![
@@ -59,11 +66,15 @@ pub fn page(records: &[Record]) -> anyhow::Result<String> {
             results::definitions(),
         ],
     };
-    lay_out(&page).context("the page cannot be laid out")
+    lay_out(&page)
 }
 
 /// The page through the template, which escapes every text that is not marked as finished markup.
-fn lay_out(page: &Page) -> Result<String, minijinja::Error> {
+fn lay_out(page: &Page) -> anyhow::Result<String> {
+    rendered(page).context("the page cannot be laid out")
+}
+
+fn rendered(page: &Page) -> Result<String, minijinja::Error> {
     let mut environment = Environment::new();
     environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
     environment.add_template(TEMPLATE, include_str!("page.html"))?;
@@ -125,7 +136,7 @@ fn head(subject: &Subject<'_>) -> RecordHead {
         ("command", record.command.argv.join(" ")),
         ("SHA-256", canonical_sha256(record).unwrap_or_else(|why| format!("none: the record {why}"))),
     ];
-    RecordHead { swatch: subject.look().swatch(), number: subject.number, name: subject.name.clone(), facts }
+    RecordHead { swatch: subject.look().swatch(), name: subject.title(), facts }
 }
 
 fn meter(record: &Record) -> String {

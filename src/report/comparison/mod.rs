@@ -1,21 +1,24 @@
 //! A comparison as people read it: the verdict first, then why, then every number. The table and the Markdown hold the
 //! same parts.
 
+mod why;
+
 use comfy_table::presets::NOTHING;
 use comfy_table::{CellAlignment, ContentArrangement, Table};
 
 use super::DASH;
 use crate::analysis::compare::{
-    Arm, Class, Comparand, Comparison, Difference, Metric, Part, SessionId, Thresholds, Verdict,
+    Arm, Class, Comparand, Comparison, Difference, Metric, SessionId, Thresholds, Verdict,
 };
-use crate::record::Maybe;
 use crate::units::format_significant;
+
+pub(super) use why::{conditions, forms, kernels, library, outputs, probe_value, why};
 
 /// Longest value of the environment that is printed whole, characters.
 const LONGEST_VALUE: usize = 60;
 /// Most reasons under the headline.
 const MOST_REASONS: usize = 8;
-const TITLES: [&str; 12] = [
+pub(super) const TITLES: [&str; 12] = [
     "cell",
     "metric",
     "verdict",
@@ -106,7 +109,7 @@ fn list(title: &str, lines: &[String]) -> String {
 }
 
 /// The first reasons; the others stand below, cell by cell and field by field.
-fn reasons(result: &Comparison) -> Vec<String> {
+pub(super) fn reasons(result: &Comparison) -> Vec<String> {
     let mut shown: Vec<String> = result.reasons.iter().take(MOST_REASONS).cloned().collect();
     if result.reasons.len() > MOST_REASONS {
         shown.push(format!("and {} more", result.reasons.len() - MOST_REASONS));
@@ -114,7 +117,7 @@ fn reasons(result: &Comparison) -> Vec<String> {
     shown
 }
 
-fn headline(result: &Comparison) -> String {
+pub(super) fn headline(result: &Comparison) -> String {
     let mut text = result.verdict.words().to_owned();
     if let (true, Some(cells)) = (result.confounded, result.verdict_of_the_cells.value()) {
         text.push_str(&format!(": CONFOUNDED (the cells alone say {})", cells.words()));
@@ -142,7 +145,7 @@ fn headline(result: &Comparison) -> String {
     text
 }
 
-fn sides(result: &Comparison) -> Vec<(&'static str, String)> {
+pub(super) fn sides(result: &Comparison) -> Vec<(&'static str, String)> {
     let batches: u32 = result.noise.batches.iter().sum();
     let rules = &result.settings.rules;
     vec![
@@ -200,7 +203,7 @@ fn environment(result: &Comparison) -> Vec<String> {
     listed.map(|line| format!("{}: {}", class_words(line), changed(line))).collect()
 }
 
-fn class_words(line: &Difference) -> &'static str {
+pub(super) fn class_words(line: &Difference) -> &'static str {
     match line.class {
         Class::Identity => "ANOTHER",
         Class::Suspicious if line.allowed => "allowed",
@@ -215,7 +218,7 @@ fn changed(line: &Difference) -> String {
     format!("{}: {} → {}", line.field, shortened(&line.baseline), shortened(&line.candidate))
 }
 
-fn shortened(values: &[String]) -> String {
+pub(super) fn shortened(values: &[String]) -> String {
     let text = values.join(" or ");
     match text.char_indices().nth(LONGEST_VALUE) {
         None => text,
@@ -223,7 +226,7 @@ fn shortened(values: &[String]) -> String {
     }
 }
 
-fn compared(result: &Comparison) -> impl Iterator<Item = &Comparand> {
+pub(super) fn compared(result: &Comparison) -> impl Iterator<Item = &Comparand> {
     result.cells.iter().chain(result.aggregate.value())
 }
 
@@ -240,7 +243,7 @@ fn cell_table(result: &Comparison) -> String {
     super::table::trimmed(&table.to_string())
 }
 
-fn row(cell: &Comparand) -> Vec<String> {
+pub(super) fn row(cell: &Comparand) -> Vec<String> {
     let mut fields = vec![cell.cell.clone(), cell.metric.unit().to_owned(), cell.verdict.words().to_owned()];
     let Some(numbers) = cell.numbers.value() else {
         fields.extend(std::iter::repeat_n(DASH.to_owned(), TITLES.len() - 3));
@@ -261,23 +264,23 @@ fn row(cell: &Comparand) -> Vec<String> {
     fields
 }
 
-fn chance(p: f64) -> String {
+pub(super) fn chance(p: f64) -> String {
     if p < 0.001 { "<0.001".to_owned() } else { format!("{p:.3}") }
 }
 
-fn percent(ratio: f64) -> String {
+pub(super) fn percent(ratio: f64) -> String {
     format!("{:.2} %", ratio * 100.0)
 }
 
-fn signed(ratio: f64) -> String {
+pub(super) fn signed(ratio: f64) -> String {
     format!("{:+.2} %", ratio * 100.0)
 }
 
-fn interval([low, high]: &[f64; 2]) -> String {
+pub(super) fn interval([low, high]: &[f64; 2]) -> String {
     format!("[{}, {}]", signed(*low), signed(*high))
 }
 
-fn notes(result: &Comparison) -> Vec<String> {
+pub(super) fn notes(result: &Comparison) -> Vec<String> {
     let mut notes: Vec<String> = compared(result)
         .flat_map(|cell| {
             cell.notes.iter().map(|note| format!("! {} {}: {note}", cell.cell, cell.metric.unit()))
@@ -291,97 +294,4 @@ fn notes(result: &Comparison) -> Vec<String> {
         );
     }
     notes
-}
-
-fn why(result: &Comparison) -> Vec<String> {
-    if result.cells.is_empty() {
-        return Vec::new();
-    }
-    let mut lines: Vec<String> = result
-        .why
-        .layers
-        .iter()
-        .filter(|layer| layer.cells > 0)
-        .map(|layer| {
-            format!(
-                "{}: {} of {} regressed, {} improved, {} together",
-                layer.layer,
-                layer.regressed,
-                plural(layer.cells as usize, "cell"),
-                layer.improved,
-                layer.effect_ratio.value().map_or(DASH.to_owned(), |ratio| signed(*ratio))
-            )
-        })
-        .collect();
-    lines.extend(decompositions(result));
-    lines.extend(result.why.outputs_changed.iter().map(|cell| {
-        format!("numerics changed: {cell} gives other output tokens, each side agreeing with itself")
-    }));
-    lines.extend(result.why.latencies.iter().map(|moved| {
-        format!(
-            "{} {} moved by {} (p {})",
-            moved.cell,
-            moved.latency,
-            signed(moved.effect_ratio),
-            chance(moved.p_adjusted)
-        )
-    }));
-    lines.extend(conditions(&result.baseline, &result.candidate));
-    lines
-}
-
-/// The parts of every change that has any; else one line that says why there are none.
-fn decompositions(result: &Comparison) -> Vec<String> {
-    let all = &result.why.decompositions;
-    let mut lines = Vec::new();
-    for parts in all {
-        let throughput = Maybe::Value(parts.throughput.clone());
-        let clock = [("clock", &parts.clock), ("tokens per cycle", &parts.tokens_per_cycle)];
-        let power = [("power", &parts.power), ("tok/s", &throughput)];
-        lines.extend(split(&format!("{} tok/s", parts.cell), clock));
-        lines.extend(split(&format!("{} tok/J", parts.cell), power));
-    }
-    for (what, reason) in [
-        ("clock", all.iter().find_map(|parts| parts.clock.reason())),
-        ("power", all.iter().find_map(|parts| parts.power.reason())),
-    ] {
-        if let Some(reason) = reason {
-            lines.push(format!("no split by {what}: {}", super::explain(reason)));
-        }
-    }
-    lines
-}
-
-/// `decode/b1/d64/o16 tok/s: clock -2.0 % […], tokens per cycle +0.1 % […]`, when both parts are known.
-fn split(whole: &str, parts: [(&str, &Maybe<Part>); 2]) -> Option<String> {
-    let said = |(name, part): (&str, &Maybe<Part>)| {
-        let part = part.value()?;
-        let range =
-            part.interval_95_ratio.value().map_or(String::new(), |range| format!(" {}", interval(range)));
-        Some(format!("{name} {}{range}", signed(part.effect_ratio)))
-    };
-    let [first, second] = parts.map(said);
-    Some(format!("{whole}: {}, {}", first?, second?))
-}
-
-/// What went on during the windows, side against side.
-fn conditions(baseline: &Arm, candidate: &Arm) -> Vec<String> {
-    let (one, other) = (&baseline.conditions, &candidate.conditions);
-    let pair = |what: &str, a: &Maybe<f64>, b: &Maybe<f64>, say: &dyn Fn(f64, f64) -> String| {
-        let (a, b) = (a.value()?, b.value()?);
-        Some(format!("{what}: {} → {}", say(*a, one.window_s), say(*b, other.window_s)))
-    };
-    let of_time = |seconds: f64, window_s: f64| format!("{seconds:.1} s of {window_s:.0} s");
-    let share = |share: f64, _: f64| format!("{:.1} %", share * 100.0);
-    let celsius = |value: f64, _: f64| format!("{value:.1} °C");
-    [
-        pair("clock held down by the power cap", &one.power_cap_s, &other.power_cap_s, &of_time),
-        pair("clock held down by heat", &one.thermal_s, &other.thermal_s, &of_time),
-        pair("temperature", &one.temperature_c, &other.temperature_c, &celsius),
-        pair("cores taken by other processes", &one.foreign_share, &other.foreign_share, &share),
-        pair("cores taken by the hypervisor", &one.steal_share, &other.steal_share, &share),
-    ]
-    .into_iter()
-    .flatten()
-    .collect()
 }
