@@ -5,6 +5,8 @@ use serde::Serialize;
 /// The whole page.
 #[derive(Debug, Serialize)]
 pub(super) struct Page {
+    /// The verb that made it.
+    pub(super) program: &'static str,
     pub(super) title: String,
     pub(super) style: &'static str,
     pub(super) version: &'static str,
@@ -12,14 +14,15 @@ pub(super) struct Page {
     pub(super) warnings: Vec<String>,
     pub(super) records: Vec<RecordHead>,
     pub(super) sections: Vec<Section>,
+    /// What every number on it rests on.
+    pub(super) basis: &'static str,
 }
 
-/// A record as the legend of the page names it.
+/// A record, or the subject of a plan, as the legend of the page names it.
 #[derive(Debug, Serialize)]
 pub(super) struct RecordHead {
     /// Finished markup.
     pub(super) swatch: String,
-    pub(super) number: usize,
     pub(super) name: String,
     pub(super) facts: Vec<(&'static str, String)>,
 }
@@ -34,12 +37,27 @@ pub(super) struct Section {
 #[derive(Debug, Serialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub(super) enum Block {
-    Text { text: String },
-    Heading { text: String },
-    Bullets { items: Vec<String> },
-    Charts { charts: Vec<Figure> },
+    Text {
+        text: String,
+    },
+    Heading {
+        text: String,
+    },
+    Bullets {
+        items: Vec<String>,
+    },
+    /// Closed until asked for.
+    Formulas {
+        caption: String,
+        items: Vec<String>,
+    },
+    Charts {
+        charts: Vec<Figure>,
+    },
     Table(Table),
-    Facts { groups: Vec<FactGroup> },
+    Facts {
+        groups: Vec<FactGroup>,
+    },
 }
 
 impl Block {

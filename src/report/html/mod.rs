@@ -1,7 +1,8 @@
-//! One self-contained HTML page from records: no script, no request, light and dark, readable on paper. Sections are
+//! One self-contained HTML page from records, or from a plan: no script, no request, light and dark, readable on paper. Sections are
 //! computed as data ([`content`]), charts as SVG ([`chart`]); the template `page.html` alone lays them out, and escapes
 //! whatever comes from a record.
 
+mod bars;
 mod chart;
 mod content;
 mod cost;
@@ -9,6 +10,7 @@ mod environment;
 mod gaps;
 mod latency;
 mod look;
+mod plan;
 mod results;
 mod roofline;
 mod scale;
@@ -30,6 +32,8 @@ use content::{Page, RecordHead};
 use subject::{Subject, models};
 use svg::printable;
 
+pub use plan::plan_page;
+
 const TEMPLATE: &str = "page.html";
 
 /// The page of one or several records.
@@ -39,6 +43,7 @@ const TEMPLATE: &str = "page.html";
 pub fn page(records: &[Record]) -> anyhow::Result<String> {
     let subjects = Subject::all(records);
     let page = Page {
+        program: "report",
         title: title(&subjects),
         style: include_str!("style.css"),
         version: env!("CARGO_PKG_VERSION"),
@@ -58,6 +63,7 @@ pub fn page(records: &[Record]) -> anyhow::Result<String> {
             environment::section(&subjects),
             results::definitions(),
         ],
+        basis: "from the records above alone; every number is in them or follows from them by METHODOLOGY.md.",
     };
     lay_out(&page).context("the page cannot be laid out")
 }
@@ -125,7 +131,8 @@ fn head(subject: &Subject<'_>) -> RecordHead {
         ("command", record.command.argv.join(" ")),
         ("SHA-256", canonical_sha256(record).unwrap_or_else(|why| format!("none: the record {why}"))),
     ];
-    RecordHead { swatch: subject.look().swatch(), number: subject.number, name: subject.name.clone(), facts }
+    let name = format!("#{} {}", subject.number, subject.name);
+    RecordHead { swatch: subject.look().swatch(), name, facts }
 }
 
 fn meter(record: &Record) -> String {
