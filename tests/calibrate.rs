@@ -14,10 +14,10 @@ use planted::{LINEAR, Truth, decode_grid, prefill_grid, record, slow_down};
 use program::{fake_record, tokmeter};
 use tempfile::tempdir;
 use tokmeter::analysis::calibrate::{
-    Calibration, FittedLaw, Given, Grade, Phase, Quantity, Term, calibrate, calibration_schema, fit_groups,
-    parse_calibration, read_calibration, read_rows,
+    Calibration, FittedLaw, Given, Grade, Law, Phase, Quantity, Term, calibrate, calibration_schema,
+    fit_groups, parse_calibration, read_calibration, read_rows,
 };
-use tokmeter::record::{Maybe, Workload};
+use tokmeter::record::{ClockEvents, Maybe, Workload};
 
 fn grids() -> Vec<Workload> {
     [decode_grid(), prefill_grid()].concat()
@@ -75,30 +75,36 @@ fn without_noise_the_planted_coefficients_come_back_and_the_grade_is_a() {
 
 #[test]
 fn with_noise_the_intervals_hold_the_planted_coefficients_at_the_stated_rate() {
-    let (mut held, mut asked, mut graded_a) = (0_u32, 0_u32, 0_u32);
-    let seeds = 24;
-    for seed in 0..seeds {
-        let truth = Truth { noise: 0.03, seed: 100 + seed, ..LINEAR };
-        let calibration = fitted(&[record(&truth, &grids())]);
-        graded_a += u32::from(calibration.grade == Grade::A);
-        for (phase, quantity, term, planted) in PLANTED {
-            let fitted = law(&calibration, phase, quantity);
-            // A knot that noise bought splits a coefficient in two; the sum of slopes is then not the planted one.
-            if fitted.law.knot.is_some() {
-                continue;
+    for (noise, seeds) in [(0.01, 10), (0.03, 24), (0.05, 10)] {
+        let (mut held, mut asked, mut graded_a) = (0_u32, 0_u32, 0_u32);
+        let (mut errors, mut floors) = (0.0, 0.0);
+        for seed in 0..seeds {
+            let truth = Truth { noise, seed: 100 + seed, ..LINEAR };
+            let calibration = fitted(&[record(&truth, &grids())]);
+            graded_a += u32::from(calibration.grade == Grade::A);
+            for (phase, quantity, term, planted) in PLANTED {
+                let fitted = law(&calibration, phase, quantity);
+                // A knot that noise bought splits a coefficient in two; the sum of slopes is then not the planted one.
+                if fitted.law.knot.is_some() {
+                    continue;
+                }
+                let found = fitted.law.coefficients.iter().find(|found| found.term == term).unwrap();
+                asked += 1;
+                held += u32::from((found.low..=found.high).contains(&planted));
             }
-            let found = fitted.law.coefficients.iter().find(|found| found.term == term).unwrap();
-            asked += 1;
-            held += u32::from((found.low..=found.high).contains(&planted));
+            let decode = law(&calibration, Phase::Decode, Quantity::Time);
+            errors += decode.interior.value().unwrap().mape_share;
+            floors += decode.noise_floor_share.value().unwrap();
         }
-        let decode = law(&calibration, Phase::Decode, Quantity::Time);
-        let (interior, noise) = (decode.interior.value().unwrap(), decode.noise_floor_share.value().unwrap());
-        assert!(interior.mape_share < 1.2 * noise, "{} over a noise of {noise}", interior.mape_share);
-        assert!((0.015..0.045).contains(noise), "{noise}");
+        let (error, floor) = (errors / f64::from(seeds as u32), floors / f64::from(seeds as u32));
+        // What is held out is missed by what the runs differ by, and by nothing else: its own median of three runs has
+        // 0.67 of their deviation, whose mean size is 0.8 of that, and the law's error comes on top.
+        assert!((0.3..0.9).contains(&(error / floor)), "{error} over a noise of {floor} at {noise}");
+        assert!((floor / noise - 0.85).abs() < 0.25, "{floor} at {noise}");
+        let rate = f64::from(held) / f64::from(asked);
+        assert!(asked > 70 && (0.80..=0.99).contains(&rate), "{held} of {asked} at {noise}");
+        assert!(graded_a + 2 >= seeds as u32, "{graded_a} of {seeds} at {noise}");
     }
-    let rate = f64::from(held) / f64::from(asked);
-    assert!(asked > 200 && (0.82..=0.98).contains(&rate), "{held} of {asked}");
-    assert!(graded_a >= 22, "{graded_a} of {seeds}");
 }
 
 #[test]
@@ -140,7 +146,8 @@ fn what_is_held_out_decides_the_error_and_nothing_else() {
     for (honest, ruined) in
         honest.laws.iter().zip(&ruined.laws).filter(|(law, _)| law.quantity == Quantity::Time)
     {
-        assert_eq!(honest.law, ruined.law, "the law has seen what was held out");
+        let bits = |law: &Law| serde_json::to_string(law).unwrap();
+        assert_eq!(bits(&honest.law), bits(&ruined.law), "the law has seen what was held out");
         for (honest, ruined) in [
             (&honest.interior, &ruined.interior),
             (&honest.row, &ruined.row),
@@ -174,6 +181,27 @@ fn a_throttled_point_is_named_and_does_not_bend_the_law() {
     assert!(calibration.notes.iter().any(|note| note.starts_with(&key)), "{:?}", calibration.notes);
     for (term, planted) in [(Term::Constant, 40e-3), (Term::Batch, 5e-3), (Term::KvTokens, 4e-6)] {
         assert!((decode.law.coefficient(term) / planted - 1.0).abs() < 0.03, "{term:?}");
+    }
+}
+
+#[test]
+fn clocks_that_heat_held_down_are_told_with_the_role_of_their_cell() {
+    let mut given = record(&LINEAR, &decode_grid());
+    let held_out = given.record.command.hold_out.value().unwrap().frontier[0].clone();
+    let learnt = given.record.cells[0].key.clone();
+    for cell in given.record.cells.iter_mut().filter(|cell| [&held_out, &learnt].contains(&&cell.key)) {
+        cell.runs[1].windows[0].clock_events = Maybe::Value(ClockEvents {
+            software_power_cap_ns: Maybe::Value(0),
+            software_thermal_ns: Maybe::Value(1),
+            hardware_thermal_ns: Maybe::Value(0),
+            hardware_power_brake_ns: Maybe::Value(0),
+            reasons_mask: Maybe::missing("not_supported"),
+        });
+    }
+    let notes = fitted(&[given]).notes;
+    for (key, role) in [(held_out, "held out"), (learnt, "learnt from")] {
+        let note = format!("{key} ({role}): clocks were held down by heat");
+        assert!(notes.contains(&note), "{note} is not in {notes:?}");
     }
 }
 

@@ -194,7 +194,7 @@ fn hostile_texts_of_a_site_stay_texts() {
         let columns = |line: &str| line.replace("\\|", "").matches('|').count();
         let figures = document.split("## Figures of the site").nth(1).unwrap().lines();
         let rows: Vec<usize> = figures.filter(|line| line.starts_with("| power.")).map(columns).collect();
-        assert!(rows.len() == 2 && rows.iter().all(|count| *count == 8), "{rows:?}");
+        assert!(rows.len() == 2 && rows.iter().all(|count| *count == 6), "{rows:?}");
     }
 }
 

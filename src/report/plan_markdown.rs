@@ -1,7 +1,7 @@
 //! A plan as Markdown, for a repository or a ticket.
 
 use super::plan::{OutputRow, large, money, outputs, percentiles};
-use crate::analysis::plan::{Plan, Site};
+use crate::analysis::plan::{Figure, LoadPoint, Plan, RampPoint, Sensitivity, Site};
 use crate::units::format_significant;
 
 use super::DASH;
@@ -27,8 +27,8 @@ pub fn plan_markdown(plan: &Plan, site: &Site) -> String {
 }
 
 /// Columns of [`site_figures`].
-pub(super) const FIGURE_COLUMNS: [&str; 7] =
-    ["figure", "value", "range", "source", "as of", "confidence", "others say"];
+pub(super) const FIGURE_COLUMNS: [&str; 5] =
+    ["figure", "value and where it is from", "as of", "confidence", "others say"];
 
 /// What a plan is of, by name.
 pub(super) fn facts(plan: &Plan) -> Vec<(&'static str, String)> {
@@ -65,7 +65,7 @@ fn curves(plan: &Plan) -> Vec<Curve> {
 }
 
 pub(super) fn ramp_rows(plan: &Plan) -> Vec<Vec<String>> {
-    let row = |step: &crate::analysis::plan::RampPoint| {
+    let row = |step: &RampPoint| {
         vec![
             step.date.clone(),
             format_significant(step.mw),
@@ -90,7 +90,7 @@ pub(super) fn cost_columns(plan: &Plan) -> [String; 6] {
 }
 
 pub(super) fn cost_rows(plan: &Plan) -> Vec<Vec<String>> {
-    let row = |point: &crate::analysis::plan::LoadPoint| {
+    let row = |point: &LoadPoint| {
         let ends = point.intervals.get("cost_per_mtok_output").map_or(DASH.to_owned(), |interval| {
             format!("{} · {}", format_significant(interval.p05), format_significant(interval.p95))
         });
@@ -107,7 +107,7 @@ pub(super) fn cost_rows(plan: &Plan) -> Vec<Vec<String>> {
 }
 
 pub(super) fn sensitivity_rows(plan: &Plan) -> Vec<Vec<String>> {
-    let row = |found: &crate::analysis::plan::Sensitivity| {
+    let row = |found: &Sensitivity| {
         vec![
             found.input.to_owned(),
             format_significant(found.low),
@@ -121,17 +121,15 @@ pub(super) fn sensitivity_rows(plan: &Plan) -> Vec<Vec<String>> {
 
 /// Every figure of the site with where it is from, under [`FIGURE_COLUMNS`].
 pub(super) fn site_figures(site: &Site) -> Vec<Vec<String>> {
-    let row = |(key, figure): (&'static str, &crate::analysis::plan::Figure)| {
+    let row = |(key, figure): (&'static str, &Figure)| {
         let span = figure.span();
         let range =
-            if span.max > span.min { format!("{} to {}", span.min, span.max) } else { DASH.to_owned() };
+            if span.max > span.min { format!(" ({} to {})", span.min, span.max) } else { String::new() };
         let others = figure.others.iter().map(|other| format!("{} ({})", other.value, other.source));
         let others: Vec<String> = others.collect();
         vec![
             key.to_owned(),
-            figure.value.to_string(),
-            range,
-            figure.source.clone(),
+            format!("{}{range}: {}", figure.value, figure.source),
             figure.as_of.clone().unwrap_or_else(|| DASH.to_owned()),
             figure.confidence.name().to_owned(),
             if others.is_empty() { DASH.to_owned() } else { others.join("; ") },

@@ -58,12 +58,12 @@ pub(super) fn draw(bars: &Bars) -> String {
     let mut svg = Svg::default();
     open(&mut svg, bars, height);
     draw_axis(&mut svg, bars, &scale, height);
-    for (index, bar) in bars.bars.iter().enumerate() {
-        draw_bar(&mut svg, bar, TOP + ROW * index as f64, &scale);
-    }
     if let Some(base) = bars.base {
         let x = place(&scale, base);
         svg.line("base", (x, TOP), (x, height - BOTTOM));
+    }
+    for (index, bar) in bars.bars.iter().enumerate() {
+        draw_bar(&mut svg, bar, TOP + ROW * index as f64, &scale);
     }
     svg.raw("</svg>");
     svg.finish()
