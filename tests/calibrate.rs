@@ -17,7 +17,7 @@ use tokmeter::analysis::calibrate::{
     Calibration, FittedLaw, Given, Grade, Law, Phase, Quantity, Term, calibrate, calibration_schema,
     fit_groups, parse_calibration, read_calibration, read_rows,
 };
-use tokmeter::record::{ClockEvents, Maybe, Workload};
+use tokmeter::record::{ClockEvents, IdlePower, Maybe, MeteredDevice, Workload};
 
 fn grids() -> Vec<Workload> {
     [decode_grid(), prefill_grid()].concat()
@@ -203,6 +203,67 @@ fn clocks_that_heat_held_down_are_told_with_the_role_of_their_cell() {
         let note = format!("{key} ({role}): clocks were held down by heat");
         assert!(notes.contains(&note), "{note} is not in {notes:?}");
     }
+}
+
+/// Power of the loads that the truth has: joules over seconds of a step.
+fn planted_w(batch: f64, depth: f64) -> f64 {
+    let kv_tokens = batch * (depth + 8.5);
+    (LINEAR.decode_j)(batch, kv_tokens) / (LINEAR.decode_s)(batch, kv_tokens)
+}
+
+#[test]
+fn the_power_ladder_is_read_off_the_records_rung_by_rung() {
+    let watched = |power_w: f64, parts_w: [f64; 3]| {
+        Maybe::Value(IdlePower {
+            power_w,
+            uncertainty_w: 1.0,
+            duration_ns: 60_000_000_000,
+            parts_w: Maybe::Value(parts_w.to_vec()),
+        })
+    };
+    let mut given = record(&Truth { noise: 0.01, ..LINEAR }, &grids());
+    given.record.meter.idle_no_context = watched(70.0, [70.0, 71.0, 69.0]);
+    given.record.meter.idle_context_resident = watched(120.0, [120.0; 3]);
+    given.record.meter.idle_after_load = watched(150.0, [180.0, 140.0, 130.0]);
+    let calibration = fitted(std::slice::from_ref(&given));
+    assert_eq!((calibration.idle_w, calibration.ready_w), (Maybe::Value(70.0), Maybe::Value(120.0)));
+    let names: Vec<&str> = calibration.power_steps.iter().map(|step| step.step.as_str()).collect();
+    let ramp = [1, 2, 4, 8, 16, 32, 64].map(|batch| format!("decode/b{batch}/d128/o16"));
+    let expected: Vec<&str> =
+        ["idle", "ready"].into_iter().chain(ramp.iter().map(String::as_str)).chain(["after_load"]).collect();
+    assert_eq!(names, expected);
+    for (step, batch) in calibration.power_steps[2..9].iter().zip([1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0]) {
+        let planted = planted_w(batch, 128.0);
+        assert!((step.mean_w / planted - 1.0).abs() < 0.03, "{step:?}, planted {planted}");
+        assert!((0.0..0.05).contains(step.variation_share.value().unwrap()), "{step:?}");
+    }
+    // By hand: deviations 1, 1 and 0 from 70, over 2.
+    assert!((calibration.power_steps[0].variation_share.value().unwrap() - 1.0 / 70.0).abs() < 1e-12);
+    // Two boards in one reading: each draws half.
+    given.record.meter.devices = Maybe::Value(vec![
+        MeteredDevice {
+            device: "cuda:0".to_owned(),
+            update_period_ns: Maybe::missing("no_counter"),
+            power_limit_w: Maybe::missing("not_known"),
+            shared: Maybe::Value(false),
+        };
+        2
+    ]);
+    let halves = fitted(std::slice::from_ref(&given));
+    assert_eq!(halves.ready_w, Maybe::Value(60.0));
+    assert!((halves.power_steps[2].mean_w * 2.0 / calibration.power_steps[2].mean_w - 1.0).abs() < 1e-12);
+    // Without a meter there is no ladder, and the reason is the meter's.
+    let mut blind = record(&LINEAR, &grids());
+    blind.record.meter.idle_no_context = Maybe::missing("no_powercap");
+    blind
+        .record
+        .cells
+        .iter_mut()
+        .flat_map(|cell| &mut cell.runs)
+        .flat_map(|run| &mut run.windows)
+        .for_each(|window| window.energy = Maybe::missing("no_powercap"));
+    let blind = fitted(&[blind]);
+    assert_eq!((blind.idle_w.reason(), blind.power_steps.len()), (Some("no_powercap"), 0));
 }
 
 #[test]
