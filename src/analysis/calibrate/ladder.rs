@@ -24,6 +24,9 @@ pub struct PowerStep {
     pub max_w: Maybe<f64>,
 }
 
+/// One cell in each record that has it.
+type Visits<'a> = Vec<(&'a Record, &'a Cell)>;
+
 /// All rungs that the records have, from idle upwards, `after_load` last.
 pub(super) fn power_steps(records: &[Record]) -> Vec<PowerStep> {
     let idle = |name: &str, pick: fn(&Record) -> &Maybe<IdlePower>| idle_step(name, records, pick);
@@ -66,7 +69,7 @@ fn idle_step(name: &str, records: &[Record], pick: fn(&Record) -> &Maybe<IdlePow
 
 /// The row of decode cells with the most batches that have energy, the shallowest of several, by batch.
 fn ramp(records: &[Record]) -> Vec<PowerStep> {
-    let mut rows: BTreeMap<u32, BTreeMap<u32, Vec<(&Record, &Cell)>>> = BTreeMap::new();
+    let mut rows: BTreeMap<u32, BTreeMap<u32, Visits<'_>>> = BTreeMap::new();
     for record in records {
         for cell in record.cells.iter().filter(|cell| matches!(cell.outcome, Outcome::Measured)) {
             if let Workload::Decode { batch, depth, .. } = cell.workload {
