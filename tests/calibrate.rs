@@ -14,10 +14,10 @@ use planted::{LINEAR, Truth, decode_grid, prefill_grid, record, slow_down};
 use program::{fake_record, tokmeter};
 use tempfile::tempdir;
 use tokmeter::analysis::calibrate::{
-    Calibration, FittedLaw, Given, Grade, Phase, Quantity, Term, calibrate, calibration_schema, fit_groups,
-    parse_calibration, read_calibration, read_rows,
+    Calibration, FittedLaw, Given, Grade, Law, Phase, Quantity, Term, calibrate, calibration_schema,
+    fit_groups, parse_calibration, read_calibration, read_rows,
 };
-use tokmeter::record::{Maybe, Workload};
+use tokmeter::record::{ClockEvents, IdlePower, Maybe, MeteredDevice, Workload};
 
 fn grids() -> Vec<Workload> {
     [decode_grid(), prefill_grid()].concat()
@@ -75,30 +75,36 @@ fn without_noise_the_planted_coefficients_come_back_and_the_grade_is_a() {
 
 #[test]
 fn with_noise_the_intervals_hold_the_planted_coefficients_at_the_stated_rate() {
-    let (mut held, mut asked, mut graded_a) = (0_u32, 0_u32, 0_u32);
-    let seeds = 24;
-    for seed in 0..seeds {
-        let truth = Truth { noise: 0.03, seed: 100 + seed, ..LINEAR };
-        let calibration = fitted(&[record(&truth, &grids())]);
-        graded_a += u32::from(calibration.grade == Grade::A);
-        for (phase, quantity, term, planted) in PLANTED {
-            let fitted = law(&calibration, phase, quantity);
-            // A knot that noise bought splits a coefficient in two; the sum of slopes is then not the planted one.
-            if fitted.law.knot.is_some() {
-                continue;
+    for (noise, seeds) in [(0.01, 10), (0.03, 24), (0.05, 10)] {
+        let (mut held, mut asked, mut graded_a) = (0_u32, 0_u32, 0_u32);
+        let (mut errors, mut floors) = (0.0, 0.0);
+        for seed in 0..seeds {
+            let truth = Truth { noise, seed: 100 + seed, ..LINEAR };
+            let calibration = fitted(&[record(&truth, &grids())]);
+            graded_a += u32::from(calibration.grade == Grade::A);
+            for (phase, quantity, term, planted) in PLANTED {
+                let fitted = law(&calibration, phase, quantity);
+                // A knot that noise bought splits a coefficient in two; the sum of slopes is then not the planted one.
+                if fitted.law.knot.is_some() {
+                    continue;
+                }
+                let found = fitted.law.coefficients.iter().find(|found| found.term == term).unwrap();
+                asked += 1;
+                held += u32::from((found.low..=found.high).contains(&planted));
             }
-            let found = fitted.law.coefficients.iter().find(|found| found.term == term).unwrap();
-            asked += 1;
-            held += u32::from((found.low..=found.high).contains(&planted));
+            let decode = law(&calibration, Phase::Decode, Quantity::Time);
+            errors += decode.interior.value().unwrap().mape_share;
+            floors += decode.noise_floor_share.value().unwrap();
         }
-        let decode = law(&calibration, Phase::Decode, Quantity::Time);
-        let (interior, noise) = (decode.interior.value().unwrap(), decode.noise_floor_share.value().unwrap());
-        assert!(interior.mape_share < 1.2 * noise, "{} over a noise of {noise}", interior.mape_share);
-        assert!((0.015..0.045).contains(noise), "{noise}");
+        let (error, floor) = (errors / f64::from(seeds as u32), floors / f64::from(seeds as u32));
+        // What is held out is missed by what the runs differ by, and by nothing else: its own median of three runs has
+        // 0.67 of their deviation, whose mean size is 0.8 of that, and the law's error comes on top.
+        assert!((0.3..0.9).contains(&(error / floor)), "{error} over a noise of {floor} at {noise}");
+        assert!((floor / noise - 0.85).abs() < 0.25, "{floor} at {noise}");
+        let rate = f64::from(held) / f64::from(asked);
+        assert!(asked > 70 && (0.80..=0.99).contains(&rate), "{held} of {asked} at {noise}");
+        assert!(graded_a + 2 >= seeds as u32, "{graded_a} of {seeds} at {noise}");
     }
-    let rate = f64::from(held) / f64::from(asked);
-    assert!(asked > 200 && (0.82..=0.98).contains(&rate), "{held} of {asked}");
-    assert!(graded_a >= 22, "{graded_a} of {seeds}");
 }
 
 #[test]
@@ -140,7 +146,8 @@ fn what_is_held_out_decides_the_error_and_nothing_else() {
     for (honest, ruined) in
         honest.laws.iter().zip(&ruined.laws).filter(|(law, _)| law.quantity == Quantity::Time)
     {
-        assert_eq!(honest.law, ruined.law, "the law has seen what was held out");
+        let bits = |law: &Law| serde_json::to_string(law).unwrap();
+        assert_eq!(bits(&honest.law), bits(&ruined.law), "the law has seen what was held out");
         for (honest, ruined) in [
             (&honest.interior, &ruined.interior),
             (&honest.row, &ruined.row),
@@ -175,6 +182,88 @@ fn a_throttled_point_is_named_and_does_not_bend_the_law() {
     for (term, planted) in [(Term::Constant, 40e-3), (Term::Batch, 5e-3), (Term::KvTokens, 4e-6)] {
         assert!((decode.law.coefficient(term) / planted - 1.0).abs() < 0.03, "{term:?}");
     }
+}
+
+#[test]
+fn clocks_that_heat_held_down_are_told_with_the_role_of_their_cell() {
+    let mut given = record(&LINEAR, &decode_grid());
+    let held_out = given.record.command.hold_out.value().unwrap().frontier[0].clone();
+    let learnt = given.record.cells[0].key.clone();
+    for cell in given.record.cells.iter_mut().filter(|cell| [&held_out, &learnt].contains(&&cell.key)) {
+        cell.runs[1].windows[0].clock_events = Maybe::Value(ClockEvents {
+            software_power_cap_ns: Maybe::Value(0),
+            software_thermal_ns: Maybe::Value(1),
+            hardware_thermal_ns: Maybe::Value(0),
+            hardware_power_brake_ns: Maybe::Value(0),
+            reasons_mask: Maybe::missing("not_supported"),
+        });
+    }
+    let notes = fitted(&[given]).notes;
+    for (key, role) in [(held_out, "held out"), (learnt, "learnt from")] {
+        let note = format!("{key} ({role}): clocks were held down by heat");
+        assert!(notes.contains(&note), "{note} is not in {notes:?}");
+    }
+}
+
+/// Power of the loads that the truth has: joules over seconds of a step.
+fn planted_w(batch: f64, depth: f64) -> f64 {
+    let kv_tokens = batch * (depth + 8.5);
+    (LINEAR.decode_j)(batch, kv_tokens) / (LINEAR.decode_s)(batch, kv_tokens)
+}
+
+#[test]
+fn the_power_ladder_is_read_off_the_records_rung_by_rung() {
+    let watched = |power_w: f64, parts_w: [f64; 3]| {
+        Maybe::Value(IdlePower {
+            power_w,
+            uncertainty_w: 1.0,
+            duration_ns: 60_000_000_000,
+            parts_w: Maybe::Value(parts_w.to_vec()),
+        })
+    };
+    let mut given = record(&Truth { noise: 0.01, ..LINEAR }, &grids());
+    given.record.meter.idle_no_context = watched(70.0, [70.0, 71.0, 69.0]);
+    given.record.meter.idle_context_resident = watched(120.0, [120.0; 3]);
+    given.record.meter.idle_after_load = watched(150.0, [180.0, 140.0, 130.0]);
+    let calibration = fitted(std::slice::from_ref(&given));
+    assert_eq!((calibration.idle_w, calibration.ready_w), (Maybe::Value(70.0), Maybe::Value(120.0)));
+    let names: Vec<&str> = calibration.power_steps.iter().map(|step| step.step.as_str()).collect();
+    let ramp = [1, 2, 4, 8, 16, 32, 64].map(|batch| format!("decode/b{batch}/d128/o16"));
+    let expected: Vec<&str> =
+        ["idle", "ready"].into_iter().chain(ramp.iter().map(String::as_str)).chain(["after_load"]).collect();
+    assert_eq!(names, expected);
+    for (step, batch) in calibration.power_steps[2..9].iter().zip([1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0]) {
+        let planted = planted_w(batch, 128.0);
+        assert!((step.mean_w / planted - 1.0).abs() < 0.03, "{step:?}, planted {planted}");
+        assert!((0.0..0.05).contains(step.variation_share.value().unwrap()), "{step:?}");
+    }
+    // By hand: deviations 1, 1 and 0 from 70, over 2.
+    assert!((calibration.power_steps[0].variation_share.value().unwrap() - 1.0 / 70.0).abs() < 1e-12);
+    // Two boards in one reading: each draws half.
+    given.record.meter.devices = Maybe::Value(vec![
+        MeteredDevice {
+            device: "cuda:0".to_owned(),
+            update_period_ns: Maybe::missing("no_counter"),
+            power_limit_w: Maybe::missing("not_known"),
+            shared: Maybe::Value(false),
+        };
+        2
+    ]);
+    let halves = fitted(std::slice::from_ref(&given));
+    assert_eq!(halves.ready_w, Maybe::Value(60.0));
+    assert!((halves.power_steps[2].mean_w * 2.0 / calibration.power_steps[2].mean_w - 1.0).abs() < 1e-12);
+    // Without a meter there is no ladder, and the reason is the meter's.
+    let mut blind = record(&LINEAR, &grids());
+    blind.record.meter.idle_no_context = Maybe::missing("no_powercap");
+    blind
+        .record
+        .cells
+        .iter_mut()
+        .flat_map(|cell| &mut cell.runs)
+        .flat_map(|run| &mut run.windows)
+        .for_each(|window| window.energy = Maybe::missing("no_powercap"));
+    let blind = fitted(&[blind]);
+    assert_eq!((blind.idle_w.reason(), blind.power_steps.len()), (Some("no_powercap"), 0));
 }
 
 #[test]

@@ -319,8 +319,14 @@ fn other_tokens_with_another_algorithm_are_not_called_numerics() {
 fn every_ability_of_the_device_has_its_layer_and_its_direction() {
     let with = |place: &'static str, value: f64| {
         move |record: &mut Record| {
-            let idle =
-                || Maybe::Value(IdlePower { power_w: 70.0, uncertainty_w: 0.1, duration_ns: 60_000_000_000 });
+            let idle = || {
+                Maybe::Value(IdlePower {
+                    power_w: 70.0,
+                    uncertainty_w: 0.1,
+                    duration_ns: 60_000_000_000,
+                    parts_w: Maybe::not_recorded(),
+                })
+            };
             (record.meter.idle_no_context, record.meter.idle_context_resident) = (idle(), idle());
             let mut json = serde_json::to_value(&*record).unwrap();
             let some = json["ceilings"][0]["read_bandwidth_bytes_per_s"].clone();

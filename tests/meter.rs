@@ -847,7 +847,12 @@ const CONTRADICTIONS: [Contradiction; 8] = [
         }
     }),
     ("expected at least the idle power of 299.0 W", |record| {
-        let idle = IdlePower { power_w: 300.0, uncertainty_w: 1.0, duration_ns: S };
+        let idle = IdlePower {
+            power_w: 300.0,
+            uncertainty_w: 1.0,
+            duration_ns: S,
+            parts_w: Maybe::missing("not_seen"),
+        };
         record.meter.idle_no_context = Maybe::Value(idle);
     }),
 ];
@@ -926,6 +931,57 @@ fn idle_power_is_stored_and_subtracted_where_it_was_watched_long_enough() {
     let net = summary["cells"][0]["net_tokens_per_joule"].as_f64().unwrap();
     // 150 W over idle and 12 ms a token: 1.8 J.
     assert!((net * 1.8 - 1.0).abs() < 0.005, "{net}");
+}
+
+#[test]
+fn power_after_the_load_is_watched_from_its_end_and_its_parts_show_how_it_falls() {
+    let folder = tempdir().unwrap();
+    let args = ["--min-seconds", "5", "--idle-seconds", "60"];
+    let trace = |watts: &dyn Fn(f64) -> f64| -> String {
+        let lines = (0..1500).map(|k| f64::from(k) / 5.0).map(|t_s| format!("{t_s},{}\n", watts(t_s)));
+        format!("t_s,watts\n{}", lines.collect::<String>())
+    };
+    let run = |watts: &dyn Fn(f64) -> f64| {
+        std::fs::remove_file(folder.path().join("r.json")).ok();
+        let done = replayed(folder.path(), &trace(watts), &args);
+        assert_eq!(done.code, Some(0), "{done:?}");
+        read(&folder.path().join("r.json")).unwrap()
+    };
+    // The clock is scripted, so the load ends at the same time in both runs.
+    let first = run(&|t_s| if t_s < 90.2 { 100.0 } else { 250.0 });
+    let end_s = first.cells[0].runs[1].windows[0].t1_ns as f64 / 1e9;
+    let second = run(&|t_s| match t_s - end_s {
+        _ if t_s < 90.2 => 100.0,
+        after if after < 0.0 => 250.0,
+        after if after < 20.0 => 160.0,
+        after if after < 40.0 => 130.0,
+        _ => 110.0,
+    });
+    let after = second.meter.idle_after_load.value().unwrap();
+    assert_eq!(after.duration_ns, 60 * S);
+    // By hand: 160, 130 and 110 W for 20 s each.
+    assert!((after.power_w - 400.0 / 3.0).abs() < 1.0, "{after:?}");
+    let parts = after.parts_w.value().unwrap();
+    assert_eq!(parts.len(), 3);
+    for (found, expected) in parts.iter().zip([160.0, 130.0, 110.0]) {
+        assert!((found - expected).abs() < 1.0, "{parts:?}");
+    }
+    let ready = second.meter.idle_context_resident.value().unwrap();
+    assert!(ready.parts_w.value().unwrap().iter().all(|watts| (watts - 100.0).abs() < 1e-6), "{ready:?}");
+    assert_eq!(violations(&second), []);
+}
+
+#[test]
+fn a_machine_without_a_meter_has_no_rung_and_says_why() {
+    let folder = tempdir().unwrap();
+    let args =
+        ["run", "--device", "cpu", "--engine", "fake", "--batch", "1", "--isl", "8", "--idle-seconds", "60"];
+    let done = tokmeter(folder.path(), &[&args[..], &["-o", "r.json"]].concat());
+    assert_eq!(done.code, Some(0), "{done:?}");
+    let meter = read(&folder.path().join("r.json")).unwrap().meter;
+    for rung in [&meter.idle_no_context, &meter.idle_context_resident, &meter.idle_after_load] {
+        assert_eq!(rung.reason(), Some("no_sensor"));
+    }
 }
 
 #[test]

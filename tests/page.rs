@@ -17,7 +17,7 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::sync::{Arc, LazyLock, Mutex};
 
-use markup::{Element, elements};
+use markup::{Element, assert_sound, charts, named};
 use program::{fake_record, tokmeter};
 use tempfile::tempdir;
 use tokmeter::analysis::curves::{roofline_point, tokens_per_s_per_user, window_readings};
@@ -39,52 +39,6 @@ static GPU: LazyLock<Record> = LazyLock::new(|| {
 
 fn page_of(records: &[Record]) -> String {
     page(records).unwrap()
-}
-
-fn named<'a>(all: &'a [Element], name: &'a str) -> impl Iterator<Item = &'a Element> {
-    all.iter().filter(move |element| element.name == name)
-}
-
-/// Nests, refers to nothing outside, names nothing twice.
-fn assert_sound(text: &str) -> Vec<Element> {
-    let all = elements(text);
-    let ids: Vec<&str> =
-        all.iter().map(|element| element.attribute("id")).filter(|id| !id.is_empty()).collect();
-    let unique: BTreeSet<&str> = ids.iter().copied().collect();
-    assert_eq!(ids.len(), unique.len(), "an id stands twice in {ids:?}");
-    for element in &all {
-        for (attribute, value) in &element.attributes {
-            assert!(
-                !attribute.starts_with("on") && attribute != "src" && attribute != "style",
-                "{element:?}"
-            );
-            if attribute == "href" {
-                let is_inside = value.strip_prefix('#').is_some_and(|id| unique.contains(id));
-                assert!(is_inside || value == "data:,", "{element:?}");
-            }
-            if attribute == "aria-labelledby" {
-                assert!(value.split(' ').all(|id| unique.contains(id)), "{element:?}");
-            }
-        }
-    }
-    for tag in ["script", "iframe", "object", "img", "use", "image", "form", "base"] {
-        assert_eq!(named(&all, tag).count(), 0, "<{tag}>");
-    }
-    let style = named(&all, "style").next().unwrap();
-    assert!(!style.text.contains("url(") && !style.text.contains("@import"), "{}", style.text);
-    for chart in charts(&all) {
-        let id = chart.attribute("id");
-        for part in ["title", "desc"] {
-            let wanted = format!("{id}-{part}");
-            let found = named(&all, part).find(|element| element.attribute("id") == wanted);
-            assert!(found.is_some_and(|found| !found.text.is_empty()), "{id} has no {part}");
-        }
-    }
-    all
-}
-
-fn charts(all: &[Element]) -> impl Iterator<Item = &Element> {
-    named(all, "svg").filter(|svg| svg.attribute("class") == "chart")
 }
 
 /// Values of the points in charts, as (x, y).

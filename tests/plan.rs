@@ -7,12 +7,13 @@ mod planted;
 #[path = "common/program.rs"]
 mod program;
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use planted::{LINEAR, Truth, decode_grid, prefill_grid, record};
 use program::tokmeter;
 use tokmeter::analysis::calibrate::{Calibration, calibrate, parse_calibration, read_calibration};
-use tokmeter::analysis::plan::{Level, Plan, PlanOptions, lint, parse_site, plan, read_site};
+use tokmeter::analysis::plan::{Level, Outcome, Plan, PlanOptions, lint, parse_site, plan, read_site};
 use tokmeter::record::Maybe;
 
 /// Figures around an 8k/1k service on GB300: 2.12 kW all-in, 2.65 USD per GPU and hour, 70 EUR per MWh, PUE 1.2, always busy.
@@ -27,6 +28,16 @@ fn gb300_site() -> String {
      [money.cost]\nkind = 'rental'\nprice_per_gpu_hour = '2.65'\nenergy_included = true\n\
      [money.electricity_per_mwh]\nvalue = 70.0\nsource = 's'\nconfidence = 'assumed'\n"
         .to_owned()
+}
+
+/// The same rack owned: 1.00 USD an hour and GPU, 500 W idle.
+fn owned_site() -> String {
+    gb300_site().replace(
+        "kind = 'rental'\nprice_per_gpu_hour = '2.65'\nenergy_included = true\n",
+        "kind = 'owned'\ncapex_per_server = '3153600'\ngpus_per_server = 72\nnetwork_storage_share = '0'\nlifetime_years = 5\n\
+         residual_fraction = '0'\ndiscount_rate = '0'\nmaintenance_rate_per_year = '0'\nopex_per_server_hour = '0'\n\
+         colo_per_kw_month = '0'\nprovisioned_kw_per_server = '0'\n",
+    ) + "[fleet.idle_w_per_gpu]\nvalue = 500.0\nsource = 's'\nconfidence = 'assumed'\n"
 }
 
 /// A saturated law with one term: so many output tokens per second and GPU, whatever the load.
@@ -71,6 +82,12 @@ fn the_gb300_example_comes_out_as_by_hand() {
     // 10⁶ W / (1.2 · 2120 W) = 393.08: 393 GPUs, and 393 · 686.9 · 86400 tokens a day.
     assert_eq!((outcome.gpus, outcome.fleet_constraint), (393.0, "power"));
     close(outcome.output_tokens_per_day, 393.0 * 686.888_9 * 86_400.0, 1e-6);
+    // Of 70 EUR per MWh, 0.008 EUR is in a million tokens, whatever the machines are paid in.
+    let euros = gb300_site().replacen("currency = 'USD'", "currency = 'EUR'", 1)
+        + "[money.fx.EUR]\nrate = '0.92'\nas_of = '2026-11-22'\n";
+    let outcome = planned(&euros, &[], &calibration).outcome;
+    close(value(&outcome.energy_cost_per_mtok_output) / 9.0, 0.008_002, 1e-3);
+    close(value(&outcome.cost_per_mtok_total), 0.11907 * 0.92, 1e-3);
     // NVIDIA's own: 2.65 USD and 6,000 tokens per second make 0.12 USD.
     let outcome = planned(&gb300_site(), &[], &saturated("gb300", 6000.0 / 9.0)).outcome;
     close(value(&outcome.cost_per_mtok_total), 0.1227, 1e-3);
@@ -103,15 +120,135 @@ fn each_figure_moves_what_it_should_and_nothing_else() {
     assert_eq!(euros.energy_cost_per_mtok_output, base.energy_cost_per_mtok_output);
 }
 
+/// Names of the outputs that differ.
+fn moved(a: &Outcome, b: &Outcome) -> BTreeSet<String> {
+    let fields = |outcome: &Outcome| serde_json::to_value(outcome).unwrap().as_object().unwrap().clone();
+    let (a, b) = (fields(a), fields(b));
+    a.into_iter().filter(|(name, value)| b[name] != *value).map(|(name, _)| name).collect()
+}
+
+#[test]
+fn what_a_figure_does_not_touch_stays_the_same_to_the_bit() {
+    let calibration = saturated("gb300", 600.0);
+    // Owned, fewer than the power feeds, idle at a known power, sold at a price: every output has a value that could move.
+    let site = owned_site().replace("[money.cost]", "price_per_mtok = '1.0'\n[money.cost]")
+        + "[fleet.count]\nvalue = 144.0\nsource = 's'\nconfidence = 'assumed'\n[money.fx.EUR]\nrate = '0.5'\nas_of = '2026-11-22'\n";
+    let base = planned(&site, &["demand.utilization=0.5"], &calibration).outcome;
+    let set = |setting: &str| {
+        let settings = ["demand.utilization=0.5", setting];
+        moved(&base, &planned(&site, &settings, &calibration).outcome)
+    };
+    let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<BTreeSet<String>>();
+    let costs = [
+        "cost_per_mtok_output",
+        "cost_per_mtok_total",
+        "cash_cost_per_mtok_output",
+        "energy_cost_per_mtok_output",
+        "marginal_cost_per_mtok_output",
+        "idle_tax_per_hour",
+        "break_even_utilization",
+    ];
+    let of_the_site = [
+        "gpus_supported_by_power",
+        "output_tokens_per_s_per_facility_mw",
+        "facility_j_per_output_token",
+        "facility_mw",
+        "facility_mwh_per_year",
+    ];
+    assert_eq!(set("money.electricity_per_mwh=90.0"), names(&costs));
+    assert_eq!(set("power.pue=1.5"), names(&[&costs[..], &of_the_site].concat()));
+    let of_time = [
+        "output_tokens_per_s",
+        "output_tokens_per_day",
+        "input_tokens_per_day",
+        "output_tokens_per_year",
+        "facility_mwh_per_year",
+        "cost_per_mtok_output",
+        "cost_per_mtok_total",
+        "cash_cost_per_mtok_output",
+        "idle_tax_per_hour",
+    ];
+    assert_eq!(set("demand.utilization=0.8"), names(&of_time));
+    assert_eq!(set("power.contract_mw=2.0"), names(&["gpus_supported_by_power"]));
+    // The machines' price in dollars at half a euro; the electricity's is in the currency of the results already.
+    let euros = site.replacen("currency = 'USD'", "currency = 'EUR'", 1);
+    let euros = planned(&euros, &["demand.utilization=0.5"], &calibration).outcome;
+    let of_the_rate =
+        ["cost_per_mtok_output", "cost_per_mtok_total", "idle_tax_per_hour", "break_even_utilization"];
+    assert_eq!(moved(&base, &euros), names(&of_the_rate));
+}
+
+#[test]
+fn maintenance_is_paid_in_cash_and_the_network_parts_node_from_it() {
+    let calibration = saturated("gb300", 1000.0);
+    let site = owned_site().replace("maintenance_rate_per_year = '0'", "maintenance_rate_per_year = '0.1'")
+        + "[fleet.network_w_per_gpu]\nvalue = 120.0\nsource = 's'\nconfidence = 'assumed'\n";
+    let outcome = planned(&site, &["demand.utilization=0.5"], &calibration).outcome;
+    // 0.1 · 3153600 / (72 · 8760 h) = 0.50 an hour, over half of the hours; what is written off is not paid again.
+    close(value(&outcome.cash_cost_per_mtok_output), (0.5 / 0.5 + 0.17808 + 0.042) / 3.6, 1e-5);
+    close(value(&outcome.cost_per_mtok_output), (1.5 / 0.5 + 0.17808 + 0.042) / 3.6, 1e-5);
+    assert_eq!(value(&outcome.node_w_per_gpu), 2000.0);
+    close(value(&outcome.output_tokens_per_s_per_node_mw), 0.5e6, 1e-12);
+    close(value(&outcome.node_j_per_output_token), 2.0, 1e-12);
+    let site = parse_site(&site, &["fleet.network_w_per_gpu=900.0".to_owned()]).unwrap();
+    let refusal = plan(&site, &calibration, &PlanOptions::default()).unwrap_err().to_string();
+    assert!(refusal.contains("fleet.network_w_per_gpu is 900, expected at most the 720 W"), "{refusal}");
+}
+
+#[test]
+fn a_curve_over_utilisation_agrees_with_the_plan_at_its_points_and_the_calibration_is_a_sensitivity() {
+    let calibration = composed(0.03);
+    let site = b200_site() + "[fleet.idle_w_per_gpu]\nvalue = 400.0\nsource = 's'\nconfidence = 'assumed'\n";
+    let at =
+        |utilization: &str| planned(&site, &[&format!("demand.utilization={utilization}")], &calibration);
+    let (half, full) = (at("0.5"), at("1.0"));
+    for (plan, tenth) in [(&half, 5), (&full, 10)] {
+        let point = &plan.load_curve[tenth - 1];
+        close(value(&point.cost_per_mtok_output), value(&plan.outcome.cost_per_mtok_output), 1e-9);
+        close(value(&point.cash_cost_per_mtok_output), value(&plan.outcome.cash_cost_per_mtok_output), 1e-9);
+        // No figure of the site has a range, so at this utilisation the draws are the same.
+        assert_eq!(point.intervals["cost_per_mtok_output"], plan.intervals["cost_per_mtok_output"]);
+    }
+    let found = full.sensitivities.iter().find(|found| found.input == "calibration").unwrap();
+    let interval = full.intervals["output_tokens_per_s_per_gpu"];
+    let best = full.outcome.output_tokens_per_s_per_gpu;
+    close(found.low, interval.p05 / best, 5e-3);
+    close(found.high, interval.p95 / best, 5e-3);
+    close(found.tokens_per_day_at_high / full.outcome.output_tokens_per_day, found.high, 1e-9);
+}
+
+#[test]
+fn every_formula_of_an_explanation_gives_the_number_that_it_ends_with() {
+    let site = owned_site().replace("[money.cost]", "price_per_mtok = '1.0'\n[money.cost]");
+    let plan = planned(&site, &["demand.utilization=0.5"], &saturated("gb300", 1000.0));
+    let outcome = &plan.outcome;
+    let numbers = [
+        ("cost per Mtok output, full", value(&outcome.cost_per_mtok_output)),
+        ("cost per Mtok output, cash", value(&outcome.cash_cost_per_mtok_output)),
+        ("energy cost per Mtok output", value(&outcome.energy_cost_per_mtok_output)),
+        ("marginal cost per Mtok output", value(&outcome.marginal_cost_per_mtok_output)),
+        ("break-even utilisation", value(&outcome.break_even_utilization)),
+        ("MWh per year", value(&outcome.facility_mwh_per_year)),
+        ("output tok/day", outcome.output_tokens_per_day),
+        ("GPUs = whole replicas", outcome.gpus),
+    ];
+    for (name, number) in numbers {
+        let line =
+            plan.explanation.iter().find(|line| line.starts_with(name)).unwrap_or_else(|| panic!("{name}"));
+        let end = line.rsplit(" = ").next().unwrap().split(' ').next().unwrap();
+        close(end.parse().unwrap(), number, 1e-3);
+    }
+    // Those of the cost can be typed into a calculator: (1 / 0.5 + 0.17808 + 0.042 · 1) / 3.6.
+    let full = plan.explanation.iter().find(|line| line.starts_with("cost per Mtok output, full")).unwrap();
+    assert!(
+        full.contains("(1.000000 / 0.5000 + 0.178080 + 0.042000 · 1.0000) / 3.600000 = 0.61669 USD"),
+        "{full}"
+    );
+}
+
 #[test]
 fn an_owned_rack_pays_for_its_idle_hours_and_breaks_even_where_it_should() {
-    let owned = gb300_site().replace(
-        "kind = 'rental'\nprice_per_gpu_hour = '2.65'\nenergy_included = true\n",
-        "kind = 'owned'\ncapex_per_server = '3153600'\ngpus_per_server = 72\nnetwork_storage_share = '0'\nlifetime_years = 5\n\
-         residual_fraction = '0'\ndiscount_rate = '0'\nmaintenance_rate_per_year = '0'\nopex_per_server_hour = '0'\n\
-         colo_per_kw_month = '0'\nprovisioned_kw_per_server = '0'\n",
-    ) + "[fleet.idle_w_per_gpu]\nvalue = 500.0\nsource = 's'\nconfidence = 'assumed'\n";
-    let with_price = owned.replace("[money.cost]", "price_per_mtok = '1.0'\n[money.cost]");
+    let with_price = owned_site().replace("[money.cost]", "price_per_mtok = '1.0'\n[money.cost]");
     let outcome = planned(&with_price, &["demand.utilization=0.5"], &saturated("gb300", 1000.0)).outcome;
     // 3153600 / (72 · 5 · 8760 h) = 1.00 an hour; busy 2.12 · 1.2 · 0.07 = 0.17808, idle 0.5 · 1.2 · 0.07 = 0.042.
     // At half: (1 / 0.5 + 0.17808 + 0.042) / 3.6 Mtok = 0.616689.
@@ -300,6 +437,20 @@ fn sites_that_cannot_be_are_refused_in_a_sentence() {
         (good.replace("value = 1.2", "value = 7.0"), "power.pue is 7, expected 1 to 3"),
         (good.replace("value = 1.2", "value = 1.2\nmin = 1.3\nmax = 1.4"), "outside its own range"),
         (good.replace("value = 1.2", "value = nan"), "power.pue is NaN"),
+        // Watts for megawatts, per cent for shares, milliseconds for what has no unit.
+        (
+            good.replace("[power.contract_mw]\nvalue = 1.0", "[power.contract_mw]\nvalue = 44e6"),
+            "power.contract_mw is 44000000, expected 0.001 to 100000",
+        ),
+        (
+            good.replace("[fleet.availability]\nvalue = 1.0", "[fleet.availability]\nvalue = 98.0"),
+            "fleet.availability is 98, expected 0.01 to 1",
+        ),
+        (
+            good.replace("[demand.utilization]\nvalue = 1.0", "[demand.utilization]\nvalue = 66.0"),
+            "demand.utilization is 66, expected 0.01 to 1",
+        ),
+        (good.clone() + "[demand.slo]\ntpot_ms = 0.0\n", "demand.slo is 0"),
         (good.replace("value = 1.2", "value = '1.2'"), "invalid type"),
         (good.replace("'gb300'", "'gb301'"), "fleet.device is 'gb301', expected one of"),
         (good.replace("'gpu'", "'chip'"), "unknown variant `chip`"),
@@ -311,7 +462,21 @@ fn sites_that_cannot_be_are_refused_in_a_sentence() {
     for (text, reason) in cases {
         let error = format!("{:#}", parse_site(&text, &[]).expect_err(reason));
         assert!(error.contains(reason), "{error}\nexpected {reason}");
+        let sentences = error.lines().filter(|line| !line.starts_with("hint: ")).count();
+        assert_eq!(sentences, 1, "{error}");
     }
+    let high = parse_site(&good, &["power.pue=2.5".to_owned()]).unwrap();
+    assert!(
+        lint(&high)
+            .iter()
+            .any(|found| found.level == Level::Error && found.text.starts_with("power.pue is 2.5"))
+    );
+    let cheap = parse_site(&good, &["money.electricity_per_mwh=0.07".to_owned()]).unwrap();
+    assert!(
+        lint(&cheap)
+            .iter()
+            .any(|found| found.text.contains("0.07 USD per MWh") && found.text.contains("kWh"))
+    );
     for (setting, reason) in [
         ("power.pue", "expected key=value"),
         ("power.peu=1.3", "the site has no peu"),
@@ -354,6 +519,22 @@ fn the_program_plans_explains_and_refuses() {
     assert_eq!(typo.code, Some(2), "{}", typo.stderr);
     std::fs::write(folder.path().join("bad.toml"), "schema = 3").unwrap();
     assert_eq!(tokmeter(folder.path(), &["plan", "--site", "bad.toml"]).code, Some(3));
+    let good = std::fs::read_to_string(&other).unwrap();
+    let record = repository("results/2026-11-23-cpu-2-cores/smollm2-135m-f32.json");
+    for (text, reason) in [
+        (
+            good.replace("tokmeter-calibration/1", "tokmeter-calibration/2"),
+            "made by another version of tokmeter",
+        ),
+        (std::fs::read_to_string(record).unwrap(), "it is a record"),
+        (good.replace("tokmeter-calibration/1", "perf-model/3"), "it has schema perf-model/3"),
+    ] {
+        std::fs::write(folder.path().join("c.json"), text).unwrap();
+        let done = tokmeter(folder.path(), &["plan", "--site", site, "--calibration", "c.json"]);
+        assert_eq!((done.code, done.stdout.as_str()), (Some(3), ""), "{reason}");
+        let sentences = done.stderr.lines().filter(|line| !line.starts_with("hint: ")).count();
+        assert!(done.stderr.contains(reason) && sentences == 1, "{}", done.stderr);
+    }
     let mut forged: serde_json::Value =
         serde_json::from_str(&std::fs::read_to_string(other).unwrap()).unwrap();
     forged["not_a_measurement"] = "a test".into();

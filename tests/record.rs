@@ -129,7 +129,7 @@ fn places(value: &Value, at: &str, out: &mut Vec<String>) {
 
 /// Fields that older files lack: read as not recorded, and left out again when such a file is copied. Numbers of
 /// elements are left out.
-const YOUNGER: [&str; 22] = [
+const YOUNGER: [&str; 23] = [
     "/command/hold_out",
     "/cells//gpus",
     "/machine/gpu_driver/branch",
@@ -152,6 +152,7 @@ const YOUNGER: [&str; 22] = [
     "/meter/trace",
     "/meter/idle_no_context",
     "/meter/idle_context_resident",
+    "/meter/idle_after_load",
 ];
 
 fn is_younger(at: &str) -> bool {

@@ -8,7 +8,7 @@ use rust_decimal::Decimal;
 use rust_decimal::prelude::ToPrimitive as _;
 use serde::Serialize;
 
-use crate::record::{CostMode, CostModel, Maybe, hex};
+use crate::record::{Amount, CostMode, CostModel, Maybe, hex};
 
 const HOURS_PER_YEAR: i64 = 8760;
 const MONTHS_PER_YEAR: i64 = 12;
@@ -162,6 +162,19 @@ fn energy_hour(model: &CostModel, watts: &Maybe<f64>) -> Result<Decimal, String>
         kilowatts.checked_mul(energy.pue.value())?.checked_mul(energy.price_per_kwh.value())
     };
     product().ok_or_else(|| "price_too_large".to_owned())
+}
+
+/// The same model without what is written off: maintenance, operation and colocation stay. A rental writes nothing off.
+pub(super) fn without_capital(model: &CostModel) -> CostModel {
+    let mut model = model.clone();
+    if let CostMode::Owned { network_storage_share, residual_fraction, .. } = &mut model.mode {
+        // C (1 + s) − R is zero where R is C (1 + s).
+        let whole = Decimal::ONE + network_storage_share.value();
+        if let Ok(whole) = Amount::try_from(whole.to_string()) {
+            *residual_fraction = whole;
+        }
+    }
+    model
 }
 
 /// What one device costs by the paid hour, energy aside:

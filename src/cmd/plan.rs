@@ -8,7 +8,7 @@ use clap::ValueEnum;
 use super::{FAILED, bad_file, print, remark, usage};
 use crate::analysis::calibrate::read_calibration;
 use crate::analysis::plan::{DRAWS, Level, PlanOptions, lint, plan, read_site};
-use crate::record::{check_place, write_atomically};
+use crate::record::{Amount, check_place, write_atomically};
 use crate::report;
 
 /// Forecast a site's tokens, power and cost from a calibration, with intervals
@@ -17,6 +17,7 @@ use crate::report;
     tokmeter plan --site sites/nvl72-gb200.toml\n  \
     tokmeter plan --site sites/nvl72-gb200.toml --calibration calibration.json --explain\n  \
     tokmeter plan --site sites/gw-reference.toml --set demand.utilization=0.9 --set power.pue=1.1\n  \
+    tokmeter plan --site sites/campus-ia-fouju.toml --out page.html --out plan.json\n  \
     tokmeter plan --lint sites/*.toml\n\n\
     Without --calibration the one that the site names is taken, from results/calibrations beside the site's folder.\n\
     Exit codes: 0 done, 1 refused, or the lint found an error; 2 usage, 3 a file is unreadable or makes no sense")]
@@ -30,6 +31,9 @@ pub struct Args {
     /// Replace a value of the site; may be given several times
     #[arg(long = "set", value_name = "KEY=VALUE")]
     settings: Vec<String>,
+    /// What a million output tokens are sold for, in the site's currency: gives the break-even utilisation
+    #[arg(long, value_name = "AMOUNT")]
+    price_per_mtok: Option<String>,
     /// Print every formula with its numbers
     #[arg(long)]
     explain: bool,
@@ -48,9 +52,10 @@ pub struct Args {
     /// How the plan is printed
     #[arg(long, value_enum, default_value_t = Format::Table)]
     format: Format,
-    /// Also write the plan here, as JSON
+    /// Also write the plan here; the ending .html makes it a page with plots, .md Markdown, any other JSON; may be given
+    /// several times
     #[arg(long, short, value_name = "FILE")]
-    out: Option<PathBuf>,
+    out: Vec<PathBuf>,
     /// Look for wrong units and broken physics in site files, forecast nothing
     #[arg(long, value_name = "FILE", num_args = 1.., conflicts_with_all = ["site", "calibration", "out"])]
     lint: Option<Vec<PathBuf>>,
@@ -60,6 +65,20 @@ pub struct Args {
 enum Format {
     Table,
     Json,
+    Markdown,
+    Html,
+}
+
+impl Format {
+    /// Of a file, by its ending.
+    fn of(path: &Path) -> Format {
+        let ending = path.extension().map(std::ffi::OsStr::to_ascii_lowercase);
+        match ending.as_ref().and_then(|ending| ending.to_str()) {
+            Some("html" | "htm") => Format::Html,
+            Some("md") => Format::Markdown,
+            _ => Format::Json,
+        }
+    }
 }
 
 /// # Errors
@@ -69,12 +88,14 @@ pub fn run(args: Args) -> anyhow::Result<u8> {
         return lint_all(files, &args.settings);
     }
     let path = args.site.as_deref().ok_or_else(|| usage("--site is missing"))?;
-    if let Some(out) = &args.out {
-        check_place(out)?;
-    }
-    let site = read_site(path, &args.settings).map_err(|error| {
+    args.out.iter().try_for_each(|out| check_place(out))?;
+    let mut site = read_site(path, &args.settings).map_err(|error| {
         if format!("{error:#}").contains("--set") { usage(format!("{error:#}")) } else { bad_file(error) }
     })?;
+    if let Some(price) = args.price_per_mtok {
+        let price = Amount::try_from(price).map_err(|why| usage(format!("--price-per-mtok: {why}")))?;
+        site.money.price_per_mtok = Some(price);
+    }
     let calibration = match (&args.calibration, &site.calibration) {
         (Some(file), _) => read_calibration(file).map_err(bad_file)?,
         (None, Some(name)) => read_calibration(&beside(path, name)).map_err(bad_file)?,
@@ -92,13 +113,17 @@ pub fn run(args: Args) -> anyhow::Result<u8> {
             return Ok(FAILED);
         }
     };
-    let json = serde_json::to_string_pretty(&plan)? + "\n";
-    match args.format {
-        Format::Table => print(&report::plan(&plan, args.explain))?,
-        Format::Json => print(&json)?,
-    }
-    if let Some(out) = &args.out {
-        write_atomically(out, json.as_bytes())
+    let text = |format: Format| -> anyhow::Result<String> {
+        Ok(match format {
+            Format::Table => report::plan(&plan, args.explain),
+            Format::Json => serde_json::to_string_pretty(&plan)? + "\n",
+            Format::Markdown => report::plan_markdown(&plan, &site),
+            Format::Html => report::plan_page(&plan, &site)?,
+        })
+    };
+    print(&text(args.format)?)?;
+    for out in &args.out {
+        write_atomically(out, text(Format::of(out))?.as_bytes())
             .with_context(|| format!("{}: cannot write the plan", out.display()))?;
         remark(&format!("plan: {}", out.display()));
     }

@@ -11,6 +11,8 @@ use crate::record::{Energy, IdlePower, Maybe, Meter};
 
 /// Time that one look at the temperature takes.
 const TEMPERATURE_NS: u64 = 500_000_000;
+/// Parts of an idle watch whose means are kept.
+const IDLE_PARTS: u64 = 3;
 
 /// What `--power` asks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -58,6 +60,7 @@ pub struct PowerMeter {
     info: Option<SensorInfo>,
     idle_no_context: Maybe<IdlePower>,
     idle_context_resident: Maybe<IdlePower>,
+    idle_after_load: Maybe<IdlePower>,
 }
 
 impl PowerMeter {
@@ -100,6 +103,7 @@ impl PowerMeter {
             info,
             idle_no_context: Maybe::missing(&*reason),
             idle_context_resident: Maybe::missing(&*reason),
+            idle_after_load: Maybe::missing(&*reason),
         }
     }
 
@@ -179,6 +183,12 @@ impl PowerMeter {
     /// Watches the device with the weights resident and nothing running.
     pub fn observe_idle_with_context(&mut self, clock: &Clock, duration_ns: u64) {
         self.idle_context_resident = self.observe_idle(clock, duration_ns);
+        self.idle_after_load = Maybe::missing("not_reached");
+    }
+
+    /// Watches the device from now on, when its load has just ended.
+    pub fn observe_idle_after_load(&mut self, clock: &Clock, duration_ns: u64) {
+        self.idle_after_load = self.observe_idle(clock, duration_ns);
     }
 
     fn observe_idle(&mut self, clock: &Clock, duration_ns: u64) -> Maybe<IdlePower> {
@@ -194,8 +204,13 @@ impl PowerMeter {
         sensor.end();
         let samples = sensor.collect(clock, (t0_ns, t1_ns));
         let idle = mean_power(info, &samples, t0_ns, t1_ns);
-        idle.map(|(power_w, uncertainty_w)| IdlePower { power_w, uncertainty_w, duration_ns: t1_ns - t0_ns })
-            .into()
+        let parts = (0..IDLE_PARTS).map(|part| {
+            let edge_ns = |part: u64| t0_ns + (t1_ns - t0_ns) * part / IDLE_PARTS;
+            mean_power(info, &samples, edge_ns(part), edge_ns(part + 1)).map(|(power_w, _)| power_w)
+        });
+        let parts_w: Maybe<Vec<f64>> = parts.collect::<Result<_, _>>().into();
+        let duration_ns = t1_ns - t0_ns;
+        idle.map(|(power_w, uncertainty_w)| IdlePower { power_w, uncertainty_w, duration_ns, parts_w }).into()
     }
 
     /// What the record says of the sensor.
@@ -210,6 +225,7 @@ impl PowerMeter {
                 trace: Maybe::missing("no_sensor"),
                 idle_no_context: self.idle_no_context.clone(),
                 idle_context_resident: self.idle_context_resident.clone(),
+                idle_after_load: self.idle_after_load.clone(),
             };
         };
         Meter {
@@ -220,6 +236,7 @@ impl PowerMeter {
             trace: info.trace.clone(),
             idle_no_context: self.idle_no_context.clone(),
             idle_context_resident: self.idle_context_resident.clone(),
+            idle_after_load: self.idle_after_load.clone(),
         }
     }
 }

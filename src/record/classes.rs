@@ -104,6 +104,7 @@ const CLASSES: &[ClassRow] = &[
     // What the sensor read or was found to do; its limit of power is the machine's.
     ("/meter/idle_no_context", Dynamic, ""),
     ("/meter/idle_context_resident", Dynamic, ""),
+    ("/meter/idle_after_load", Dynamic, ""),
     ("/meter/systematic_share", Dynamic, ""),
     ("/meter/devices/*/update_period_ns", Dynamic, ""),
     ("/meter/devices/*/power_limit_w", Suspicious, "power"),

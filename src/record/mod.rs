@@ -322,6 +322,9 @@ pub struct Meter {
     /// Power with the weights resident and nothing running.
     #[serde(default = "Maybe::<IdlePower>::not_recorded", skip_serializing_if = "Maybe::is_not_recorded")]
     pub idle_context_resident: Maybe<IdlePower>,
+    /// Power from the end of the last cell on, the weights still resident.
+    #[serde(default = "Maybe::<IdlePower>::not_recorded", skip_serializing_if = "Maybe::is_not_recorded")]
+    pub idle_after_load: Maybe<IdlePower>,
 }
 
 /// One device that the sensor reads.
@@ -346,4 +349,7 @@ pub struct IdlePower {
     /// Half-width of the mean.
     pub uncertainty_w: f64,
     pub duration_ns: u64,
+    /// Means of equal parts of that time, in their order: whether the power stood still.
+    #[serde(default = "Maybe::<Vec<f64>>::not_recorded", skip_serializing_if = "Maybe::is_not_recorded")]
+    pub parts_w: Maybe<Vec<f64>>,
 }

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use super::{DASH, percent};
 use crate::analysis::calibrate::{
-    Calibration, ErrorStatistics, FittedLaw, GroupFit, Quantity, ReadOut, Term,
+    Calibration, ErrorStatistics, FittedLaw, GroupFit, PowerStep, Quantity, ReadOut, Term,
 };
 use crate::record::Maybe;
 use crate::units::format_significant;
@@ -47,9 +47,32 @@ pub fn calibration(calibration: &Calibration) -> String {
             );
         }
     }
+    text.push_str(&power_ladder(&calibration.power_steps));
     let _ = writeln!(text, "\ngrade {}", calibration.grade);
     for note in &calibration.notes {
         let _ = writeln!(text, "· {note}");
+    }
+    text
+}
+
+/// Watts of one device, from idle upwards and back.
+fn power_ladder(steps: &[PowerStep]) -> String {
+    if steps.is_empty() {
+        return String::new();
+    }
+    let watts = |value: &Maybe<f64>| value.value().map_or(DASH.to_owned(), |watts| format!("{watts:.1}"));
+    let mut text =
+        "\npower of one device, W                   mean        ±     least   largest\n".to_owned();
+    for step in steps {
+        let _ = writeln!(
+            text,
+            "  {:<34} {:>8.1} {:>8} {:>9} {:>9}",
+            step.step,
+            step.mean_w,
+            percent(&step.variation_share),
+            watts(&step.min_w),
+            watts(&step.max_w)
+        );
     }
     text
 }

@@ -6,15 +6,17 @@ mod data;
 mod html;
 mod markdown;
 mod plan;
+mod plan_markdown;
 mod table;
 mod words;
 
 pub use calibration::{calibration, groups};
 pub use comparison::{comparison_json, comparison_markdown, comparison_table};
 pub use data::{csv, json, json_list, jsonl};
-pub use html::{comparison_page, page};
+pub use html::{comparison_page, page, plan_page};
 pub use markdown::{document, section};
 pub use plan::{findings, plan};
+pub use plan_markdown::plan_markdown;
 pub use table::table;
 
 use std::collections::BTreeSet;

@@ -32,7 +32,7 @@ pub fn reason_in_words(code: &str) -> String {
         "no_gpu_in_use" => "no GPU was in use",
         "not_a_gpu" => "a CPU has none",
         "no_time" => "no repetition before the deadline",
-        "not_reached" => "the cell ended before it came to this",
+        "not_reached" => "the cell or the run ended before it came to this",
         "skipped" => "the cell was skipped",
         "static_workload" => "prefill, decode and generate cells have no ramp and no drain",
         "no_token" => "no token was made",

@@ -30,6 +30,9 @@ pub const DEFAULT_GPU_SUITE: &str = "gpu-quick";
 /// Most cells that one suite may expand to.
 const MOST_CELLS: usize = 1000;
 
+/// Longest time for which power is watched without work.
+pub const LONGEST_IDLE_SECONDS: f64 = 3600.0;
+
 /// Largest suite file that is read.
 const LARGEST_FILE_BYTES: u64 = 1 << 20;
 
@@ -43,6 +46,8 @@ pub struct Suite {
     pub warmup_seconds: f64,
     /// Warm up until times are flat, and assess each run.
     pub steady: bool,
+    /// How long power is watched without work, before, between and after; 0 for not at all.
+    pub idle_seconds: f64,
     pub cells: Vec<Workload>,
 }
 
@@ -57,6 +62,8 @@ struct SuiteFile {
     warmup_seconds: f64,
     #[serde(default)]
     steady: bool,
+    #[serde(default)]
+    idle_seconds: f64,
     /// Measure the cells in an order that has nothing to do with their sizes.
     #[serde(default)]
     shuffled: bool,
@@ -159,6 +166,9 @@ pub fn load(name_or_path: &str) -> anyhow::Result<Suite> {
 pub fn parse(text: &str) -> anyhow::Result<Suite> {
     let file: SuiteFile = toml::from_str(text).map_err(|error| anyhow::anyhow!(one_line(&error)))?;
     check_protocol(file.repeat, file.min_seconds, file.warmup_seconds)?;
+    if !(0.0..=LONGEST_IDLE_SECONDS).contains(&file.idle_seconds) {
+        bail!("idle_seconds is {}, expected 0 to {LONGEST_IDLE_SECONDS}", file.idle_seconds);
+    }
     let mut cells = Vec::new();
     for (index, line) in file.cells.iter().enumerate() {
         let place = || format!("cells[{index}]");
@@ -184,6 +194,7 @@ pub fn parse(text: &str) -> anyhow::Result<Suite> {
         min_seconds: file.min_seconds,
         warmup_seconds: file.warmup_seconds,
         steady: file.steady,
+        idle_seconds: file.idle_seconds,
         cells,
     })
 }
@@ -437,6 +448,10 @@ mod tests {
             (
                 &format!("{head}[[cells]]\nkind='serve-open'\nisl=8\nosl=8\nrequest_rate_per_s=[nan]"),
                 "request_rate_per_s is NaN",
+            ),
+            (
+                &format!("{head}idle_seconds=-1\n[[cells]]\nkind='prefill'\nbatch=1\nisl=9"),
+                "idle_seconds is -1",
             ),
             ("name='x'\ndescription='y'\nmin_seconds=nan\nwarmup_seconds=0\ncells=[]", "min_seconds is NaN"),
         ];

@@ -2,7 +2,7 @@
 
 #![allow(dead_code, unreachable_pub)] // each test crate uses its own part
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Elements that have no end.
 const VOID: [&str; 4] = ["meta", "link", "br", "img"];
@@ -102,4 +102,55 @@ fn resolved(text: &str) -> String {
         out.push_str(after);
     }
     out
+}
+
+/// The elements of a name.
+pub fn named<'a>(all: &'a [Element], name: &'a str) -> impl Iterator<Item = &'a Element> {
+    all.iter().filter(move |element| element.name == name)
+}
+
+/// All elements of a page that nests, refers to nothing outside, names nothing twice and describes its charts.
+///
+/// # Panics
+/// When it does not.
+pub fn assert_sound(text: &str) -> Vec<Element> {
+    let all = elements(text);
+    let ids: Vec<&str> =
+        all.iter().map(|element| element.attribute("id")).filter(|id| !id.is_empty()).collect();
+    let unique: BTreeSet<&str> = ids.iter().copied().collect();
+    assert_eq!(ids.len(), unique.len(), "an id stands twice in {ids:?}");
+    for element in &all {
+        for (attribute, value) in &element.attributes {
+            assert!(
+                !attribute.starts_with("on") && attribute != "src" && attribute != "style",
+                "{element:?}"
+            );
+            if attribute == "href" {
+                let is_inside = value.strip_prefix('#').is_some_and(|id| unique.contains(id));
+                assert!(is_inside || value == "data:,", "{element:?}");
+            }
+            if attribute == "aria-labelledby" {
+                assert!(value.split(' ').all(|id| unique.contains(id)), "{element:?}");
+            }
+        }
+    }
+    for tag in ["script", "iframe", "object", "img", "use", "image", "form", "base"] {
+        assert_eq!(named(&all, tag).count(), 0, "<{tag}>");
+    }
+    let style = named(&all, "style").next().unwrap();
+    assert!(!style.text.contains("url(") && !style.text.contains("@import"), "{}", style.text);
+    for chart in charts(&all) {
+        let id = chart.attribute("id");
+        for part in ["title", "desc"] {
+            let wanted = format!("{id}-{part}");
+            let found = named(&all, part).find(|element| element.attribute("id") == wanted);
+            assert!(found.is_some_and(|found| !found.text.is_empty()), "{id} has no {part}");
+        }
+    }
+    all
+}
+
+/// The charts of a page.
+pub fn charts(all: &[Element]) -> impl Iterator<Item = &Element> {
+    named(all, "svg").filter(|svg| svg.attribute("class") == "chart")
 }

@@ -7,6 +7,7 @@ use anyhow::{Context as _, bail};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::ladder::PowerStep;
 use super::law::Law;
 use super::load::Phase;
 use crate::record::{HoldOut, Maybe};
@@ -46,6 +47,9 @@ pub struct Calibration {
     pub idle_w: Maybe<f64>,
     /// Mean power of one device with the weights loaded and no work, W.
     pub ready_w: Maybe<f64>,
+    /// From idle over a ramp of loads to what follows the load; empty without a power meter.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub power_steps: Vec<PowerStep>,
     pub read_outs: Vec<ReadOut>,
     pub compositions: Vec<Composition>,
     pub grade: Grade,

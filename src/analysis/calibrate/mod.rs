@@ -3,6 +3,7 @@
 //! what is held out are decided in [`crate::record`], the formulas stand in PLANNING.md.
 
 mod file;
+mod ladder;
 mod law;
 mod load;
 mod observe;
@@ -14,6 +15,7 @@ pub use file::{
     Baseline, Basis, CALIBRATION_SCHEMA, Calibration, Composition, ErrorStatistics, FittedLaw, Grade,
     Outlier, Quantity, ReadOut, Source, Subject, calibration_schema, parse_calibration, read_calibration,
 };
+pub use ladder::PowerStep;
 pub use law::{CONFIDENCE, Coefficient, Forecast, Law, Range};
 pub use load::{Load, Phase, Term};
 pub use published::{Group, GroupFit, Rows, fit_groups, read_rows};
@@ -94,8 +96,9 @@ pub fn calibrate(given: &[Given], command: Vec<String>) -> Result<Calibration, R
             .collect(),
         grade: laws.iter().map(|fitted| score::grade(fitted).0).max().unwrap_or(Grade::C),
         laws,
-        idle_w: Maybe::missing("idle_power_not_measured"),
-        ready_w: Maybe::missing("ready_power_not_measured"),
+        idle_w: ladder::idle_w(&records, |record| &record.meter.idle_no_context),
+        ready_w: ladder::idle_w(&records, |record| &record.meter.idle_context_resident),
+        power_steps: ladder::power_steps(&records),
         compositions: Vec::new(),
         notes,
     };

@@ -157,7 +157,7 @@ fn unit_of(record: &Record, workload: &Workload, run: &Run) -> Result<Unit, Stri
 }
 
 /// Energy of a run's windows. A reading's edges are not the window's: its power holds for the window's whole time.
-fn joules(run: &Run) -> Maybe<f64> {
+pub(super) fn joules(run: &Run) -> Maybe<f64> {
     let mut sum = 0.0;
     for window in &run.windows {
         match &window.energy {

@@ -327,6 +327,7 @@ fn fit(rows: &Rows, group: &Group, all: &[Row], command: &[String]) -> Result<Ca
         hold_out: Maybe::missing("published_figures"),
         laws,
         idle_w: Maybe::missing("not_published"),
+        power_steps: Vec::new(),
         ready_w: Maybe::missing("not_published"),
         read_outs: Vec::new(),
         compositions: Vec::new(),

@@ -2,39 +2,42 @@
 //! to outputs; the figures as they stand, the draws and the sensitivities all go through it.
 
 use super::PlanRefusal;
+use super::draws::{Interval, Intervals};
 use super::lint::gpus_per_unit;
 use super::outcome::{Curve, LoadPoint, Outcome, RampPoint, Sensitivity};
 use super::service::{DrawnLaws, OperatingPoint, Service};
 use super::site::{CapacityKind, Figure, Site, Span};
-use crate::analysis::cost::fixed_hour;
+use crate::analysis::cost::{fixed_hour, without_capital};
 use crate::analysis::devices::DeviceSheet;
 use crate::analysis::rng::Rng;
 use crate::record::{CostModel, Maybe};
-use crate::units::format_significant;
 use rust_decimal::prelude::ToPrimitive as _;
 
 const SECONDS_PER_DAY: f64 = 86_400.0;
 const SECONDS_PER_HOUR: f64 = 3600.0;
 const DAYS_PER_YEAR: f64 = 365.0;
 const HOURS_PER_YEAR: f64 = 8760.0;
+/// The sensitivity that is no figure of the site: the laws' speed, as a share of their best.
+const CALIBRATION: &str = "calibration";
 
 /// Inputs that may be drawn.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Estimate {
-    contract_mw: f64,
-    pue: f64,
-    provisioned_w: f64,
-    overhead_w: f64,
-    availability: f64,
-    utilization: f64,
-    electricity_per_mwh: f64,
-    cost_factor: f64,
-    throughput_ratio: f64,
-    transferred: bool,
+    pub(super) contract_mw: f64,
+    pub(super) pue: f64,
+    pub(super) provisioned_w: f64,
+    pub(super) overhead_w: f64,
+    pub(super) network_w: Option<f64>,
+    pub(super) availability: f64,
+    pub(super) utilization: f64,
+    pub(super) electricity_per_mwh: f64,
+    pub(super) cost_factor: f64,
+    pub(super) throughput_ratio: f64,
+    pub(super) transferred: bool,
     /// GPUs that were announced.
-    count: Option<f64>,
-    idle_it_w: Option<f64>,
-    throughput_span: Span,
+    pub(super) count: Option<f64>,
+    pub(super) idle_it_w: Option<f64>,
+    pub(super) throughput_span: Span,
 }
 
 /// A name, a place in the inputs, and the range.
@@ -52,8 +55,23 @@ pub(super) struct Frame<'a> {
     pub(super) point: OperatingPoint,
     pub(super) gpus_per_replica: f64,
     pub(super) cost: CostModel,
+    pub(super) fixed: Fixed,
     pub(super) energy_included: bool,
     pub(super) idle_board_w: Option<f64>,
+}
+
+/// What one GPU costs by the paid hour, energy aside, in the binary numbers of the draws; none where it is too large.
+pub(super) struct Fixed {
+    pub(super) full: Option<f64>,
+    /// Without what is written off.
+    pub(super) cash: Option<f64>,
+}
+
+impl Fixed {
+    pub(super) fn of(cost: &CostModel) -> Fixed {
+        let hour = |model: &CostModel| fixed_hour(model).and_then(|hour| hour.to_f64());
+        Fixed { full: hour(cost), cash: hour(&without_capital(cost)) }
+    }
 }
 
 impl Frame<'_> {
@@ -84,12 +102,19 @@ impl Frame<'_> {
                 Some(figure.value * per_unit)
             }
         };
+        let network_w = value(&fleet.network_w_per_gpu);
+        if let Some(network_w) = network_w.filter(|network_w| *network_w > overhead_w) {
+            return Err(PlanRefusal(format!(
+                "fleet.network_w_per_gpu is {network_w}, expected at most the {overhead_w} W that are beside the board, of which it is a part"
+            )));
+        }
         let idle_board_w = self.idle_board_w.map(|watts| watts + overhead_w);
         Ok(Estimate {
             contract_mw: site.power.contract_mw.value,
             pue: site.power.pue.value,
             provisioned_w,
             overhead_w,
+            network_w,
             availability: fleet.availability.value,
             utilization: site.demand.utilization.value,
             electricity_per_mwh: site.money.electricity_per_mwh.value,
@@ -141,6 +166,10 @@ impl Frame<'_> {
             let place: fn(&mut Estimate) -> &mut f64 = |e| &mut e.overhead_w;
             inputs.push(Input { name: "fleet.overhead_w_per_gpu", place, span: figure.span() });
         }
+        if let (Some(figure), Some(_)) = (&site.fleet.network_w_per_gpu, estimate.network_w) {
+            let place: fn(&mut Estimate) -> &mut f64 = |e| e.network_w.get_or_insert(0.0);
+            inputs.push(Input { name: "fleet.network_w_per_gpu", place, span: figure.span() });
+        }
         if let Some(span) = site.money.cost_factor {
             inputs.push(Input { name: "money.cost_factor", place: |e| &mut e.cost_factor, span });
         }
@@ -163,7 +192,7 @@ impl Frame<'_> {
         let (site, e) = (self.site, estimate);
         let mix = &site.demand.mix;
         let concurrency = self.point.concurrency.unwrap_or(1.0);
-        let seconds = self.service.replica_seconds(laws, concurrency, mix);
+        let seconds = self.replica_seconds(laws);
         let rate = e.throughput_ratio / seconds / self.gpus_per_replica;
         let joules = self.service.replica_joules(laws, concurrency, mix).filter(|_| !e.transferred);
         let board_w = joules.map(|joules| {
@@ -171,6 +200,7 @@ impl Frame<'_> {
             self.sheet.tdp_w.map_or(watts, |tdp_w| watts.min(tdp_w))
         });
         let it_w = board_w.map_or(e.provisioned_w, |watts| watts + e.overhead_w);
+        let node_w = e.network_w.map(|network_w| it_w - network_w);
         let supported = self.supported(e, e.contract_mw);
         let announced = e.count.unwrap_or(f64::INFINITY);
         let gpus = self.whole_replicas(supported.min(announced));
@@ -178,7 +208,7 @@ impl Frame<'_> {
         let share = e.utilization * e.availability;
         let output_tokens_per_s = rate * gpus * share;
         let known = |value: Option<f64>, reason: &str| value.map_or(Maybe::missing(reason), Maybe::Value);
-        let no_board = "energy_not_measured";
+        let (no_board, no_node) = ("energy_not_measured", "network_not_stated");
         let money = self.money(e, rate, it_w, gpus);
         Outcome {
             gpus_supported_by_power: supported,
@@ -197,13 +227,16 @@ impl Frame<'_> {
             input_tokens_per_day: output_tokens_per_s * prompt_ratio * SECONDS_PER_DAY,
             output_tokens_per_year: output_tokens_per_s * SECONDS_PER_DAY * DAYS_PER_YEAR,
             board_w_per_gpu: known(board_w, no_board),
+            node_w_per_gpu: known(node_w, no_node),
             it_w_per_gpu: it_w,
             idle_it_w_per_gpu: known(e.idle_it_w, "idle_power_unknown"),
             output_tokens_per_s_per_board_mw: known(board_w.map(|watts| rate / watts * 1e6), no_board),
+            output_tokens_per_s_per_node_mw: known(node_w.map(|watts| rate / watts * 1e6), no_node),
             output_tokens_per_s_per_it_mw: rate / it_w * 1e6,
             output_tokens_per_s_per_facility_mw: rate / (it_w * e.pue) * 1e6,
             total_tokens_per_s_per_it_mw: rate * (1.0 + prompt_ratio) / it_w * 1e6,
             board_j_per_output_token: known(board_w.map(|watts| watts / rate), no_board),
+            node_j_per_output_token: known(node_w.map(|watts| watts / rate), no_node),
             it_j_per_output_token: it_w / rate,
             facility_j_per_output_token: it_w * e.pue / rate,
             it_j_per_total_token: it_w / (rate * (1.0 + prompt_ratio)),
@@ -211,12 +244,18 @@ impl Frame<'_> {
             facility_mwh_per_year: money.mean_w.map(|watts| gpus * watts * e.pue * HOURS_PER_YEAR / 1e6),
             cost_per_mtok_total: money.per_mtok.clone().map(|cost| cost / (1.0 + prompt_ratio)),
             cost_per_mtok_output: money.per_mtok,
-            cash_cost_per_mtok_output: Maybe::missing("not_drawn"),
+            cash_cost_per_mtok_output: money.cash_per_mtok,
             energy_cost_per_mtok_output: Maybe::missing("not_drawn"),
             marginal_cost_per_mtok_output: money.marginal_per_mtok,
             idle_tax_per_hour: money.idle_tax_per_hour,
             break_even_utilization: money.break_even,
         }
+    }
+
+    /// Seconds of a replica for each output token of the site's mix at the operating point.
+    pub(super) fn replica_seconds(&self, laws: &DrawnLaws) -> f64 {
+        let concurrency = self.point.concurrency.unwrap_or(1.0);
+        self.service.replica_seconds(laws, concurrency, &self.site.demand.mix)
     }
 
     /// GPUs that so many megawatts feed, by their provisioned power.
@@ -235,8 +274,11 @@ impl Frame<'_> {
     fn money(&self, e: &Estimate, rate: f64, it_w: f64, gpus: f64) -> MoneyFlow {
         let share = e.utilization * e.availability;
         let per_hour = |watts: f64| watts / 1e6 * e.pue * e.electricity_per_mwh;
-        let fixed = fixed_hour(&self.cost).and_then(|hour| hour.to_f64()).map(|hour| hour * e.cost_factor);
-        let fixed: Maybe<f64> = fixed.map_or(Maybe::missing("price_too_large"), Maybe::Value);
+        let scaled = |hour: Option<f64>| match hour {
+            Some(hour) => Maybe::Value(hour * e.cost_factor),
+            None => Maybe::missing("price_too_large"),
+        };
+        let (fixed, cash): (Maybe<f64>, Maybe<f64>) = (scaled(self.fixed.full), scaled(self.fixed.cash));
         let idle: Maybe<f64> = match e.idle_it_w {
             Some(watts) => Maybe::Value(per_hour(watts)),
             None => Maybe::missing("idle_power_unknown"),
@@ -266,10 +308,12 @@ impl Frame<'_> {
                 }
             }
         };
+        let per_mtok = |fixed: f64, idle: f64| {
+            (fixed / share + charged_busy + (1.0 - share) / share * idle) / mtok_per_hour
+        };
         MoneyFlow {
-            per_mtok: both(&fixed, &charged_idle, &|fixed, idle| {
-                (fixed / share + charged_busy + (1.0 - share) / share * idle) / mtok_per_hour
-            }),
+            per_mtok: both(&fixed, &charged_idle, &per_mtok),
+            cash_per_mtok: both(&cash, &charged_idle, &per_mtok),
             marginal_per_mtok: idle.map(|idle| (per_hour(it_w) - idle).max(0.0) / mtok_per_hour),
             idle_tax_per_hour: both(&fixed, &charged_idle, &|fixed, idle| {
                 gpus * (1.0 - share) * (fixed + idle)
@@ -283,34 +327,48 @@ impl Frame<'_> {
         }
     }
 
-    /// The site's ramp, each step filled as far as power goes.
-    pub(super) fn ramp(&self, estimate: &Estimate, laws: &DrawnLaws) -> Vec<RampPoint> {
+    /// GPUs that work on each step of the site's ramp: as many as its power feeds.
+    fn ramp_gpus(&self, estimate: &Estimate) -> Vec<f64> {
         let steps = self.site.power.ramp.iter();
+        steps.map(|step| self.whole_replicas(self.supported(estimate, step.mw))).collect()
+    }
+
+    /// Output tokens per day of each step of the site's ramp, at the rate of an outcome of the same inputs.
+    pub(super) fn ramp_tokens_per_day(&self, e: &Estimate, outcome: &Outcome) -> Vec<f64> {
+        let per_gpu = outcome.output_tokens_per_s_per_gpu * e.utilization * e.availability * SECONDS_PER_DAY;
+        self.ramp_gpus(e).into_iter().map(|gpus| gpus * per_gpu).collect()
+    }
+
+    /// The site's ramp, each step filled as far as power goes.
+    pub(super) fn ramp(&self, e: &Estimate, outcome: &Outcome, intervals: &[Interval]) -> Vec<RampPoint> {
+        let (gpus, tokens) = (self.ramp_gpus(e), self.ramp_tokens_per_day(e, outcome));
+        let steps = self.site.power.ramp.iter().zip(gpus).zip(tokens).zip(intervals);
         steps
-            .map(|step| {
-                let filled = Estimate { contract_mw: step.mw, count: None, ..estimate.clone() };
-                let outcome = self.outcome(&filled, laws);
-                RampPoint {
-                    date: step.date.clone(),
-                    mw: step.mw,
-                    gpus: outcome.gpus,
-                    output_tokens_per_day: outcome.output_tokens_per_day,
-                }
+            .map(|(((step, gpus), output_tokens_per_day), interval)| RampPoint {
+                date: step.date.clone(),
+                mw: step.mw,
+                gpus,
+                output_tokens_per_day,
+                output_tokens_per_day_interval: *interval,
             })
             .collect()
     }
 
-    /// The site at tenths of full use.
-    pub(super) fn load_curve(&self, estimate: &Estimate, laws: &DrawnLaws) -> Vec<LoadPoint> {
+    /// The site at tenths of full use, with the rate, power and GPUs of an outcome of the same inputs.
+    pub(super) fn load_curve(&self, estimate: &Estimate, outcome: &Outcome) -> Vec<LoadPoint> {
         (1..=10)
             .map(|tenth| {
                 let utilization = f64::from(tenth) / 10.0;
-                let outcome = self.outcome(&Estimate { utilization, ..estimate.clone() }, laws);
+                let moved = Estimate { utilization, ..estimate.clone() };
+                let (rate, it_w) = (outcome.output_tokens_per_s_per_gpu, outcome.it_w_per_gpu);
+                let money = self.money(&moved, rate, it_w, outcome.gpus);
                 LoadPoint {
                     utilization,
-                    cost_per_mtok_output: outcome.cost_per_mtok_output,
-                    marginal_cost_per_mtok_output: outcome.marginal_cost_per_mtok_output,
-                    idle_tax_per_hour: outcome.idle_tax_per_hour,
+                    cost_per_mtok_output: money.per_mtok,
+                    cash_cost_per_mtok_output: money.cash_per_mtok,
+                    marginal_cost_per_mtok_output: money.marginal_per_mtok,
+                    idle_tax_per_hour: money.idle_tax_per_hour,
+                    intervals: Intervals::new(),
                 }
             })
             .collect()
@@ -351,29 +409,28 @@ impl Frame<'_> {
         curve
     }
 
-    /// Each ranged input alone at both ends, the one that moves the cost most first.
-    pub(super) fn sensitivities(&self, estimate: &Estimate, laws: &DrawnLaws) -> Vec<Sensitivity> {
+    /// Each ranged input alone at both ends, and the calibration at its 5 % and 95 %; the one that moves the cost most first.
+    pub(super) fn sensitivities(
+        &self,
+        estimate: &Estimate,
+        laws: &DrawnLaws,
+        ends: [&DrawnLaws; 2],
+    ) -> Vec<Sensitivity> {
         let at = |input: &Input, value: f64| {
             let mut moved = estimate.clone();
             *(input.place)(&mut moved) = value;
             self.outcome(&moved, laws)
         };
-        let mut found: Vec<Sensitivity> = self
-            .inputs(estimate)
-            .iter()
-            .map(|input| {
-                let (low, high) = (at(input, input.span.min), at(input, input.span.max));
-                Sensitivity {
-                    input: input.name,
-                    low: input.span.min,
-                    high: input.span.max,
-                    cost_at_low: low.cost_per_mtok_output,
-                    cost_at_high: high.cost_per_mtok_output,
-                    tokens_per_day_at_low: low.output_tokens_per_day,
-                    tokens_per_day_at_high: high.output_tokens_per_day,
-                }
-            })
-            .collect();
+        let of = |input: &Input| {
+            let Span { min, max } = input.span;
+            sensitivity(input.name, [min, max], [at(input, min), at(input, max)])
+        };
+        let mut found: Vec<Sensitivity> = self.inputs(estimate).iter().map(of).collect();
+        let best_s = self.replica_seconds(laws);
+        let shares = ends.map(|laws| best_s / self.replica_seconds(laws));
+        if shares[0] < shares[1] {
+            found.push(sensitivity(CALIBRATION, shares, ends.map(|laws| self.outcome(estimate, laws))));
+        }
         let swing = |sensitivity: &Sensitivity| match (&sensitivity.cost_at_low, &sensitivity.cost_at_high) {
             (Maybe::Value(low), Maybe::Value(high)) => (high - low).abs(),
             _ => (sensitivity.tokens_per_day_at_high - sensitivity.tokens_per_day_at_low).abs(),
@@ -381,96 +438,24 @@ impl Frame<'_> {
         found.sort_by(|a, b| swing(b).total_cmp(&swing(a)));
         found
     }
+}
 
-    /// Formulas with numbers.
-    pub(super) fn explain(&self, e: &Estimate, outcome: &Outcome) -> Vec<String> {
-        let number = format_significant;
-        let g = self.gpus_per_replica;
-        let rate = outcome.output_tokens_per_s_per_gpu;
-        let (it_w, share) = (outcome.it_w_per_gpu, e.utilization * e.availability);
-        let (divisor, kind) = match self.site.power.capacity_kind {
-            CapacityKind::Facility => (e.pue, "facility"),
-            CapacityKind::It => (1.0, "it"),
-        };
-        let mut lines = vec![
-            format!(
-                "GPUs fed = floor(P / (PUE · W)) = floor({} MW / ({divisor} · {} W)) = {} ({kind} power)",
-                e.contract_mw,
-                number(e.provisioned_w),
-                outcome.gpus_supported_by_power
-            ),
-            format!(
-                "GPUs = whole replicas of {g} in min({}, {}) = {}",
-                outcome.gpus_supported_by_power,
-                e.count.map_or("no announced count".to_owned(), |count| count.to_string()),
-                outcome.gpus
-            ),
-            format!(
-                "output tok/s per GPU = ratio / (replica's s per output token · GPUs) = {} / ({:.5e} · {g}) = {}",
-                e.throughput_ratio,
-                e.throughput_ratio / rate / g,
-                number(rate)
-            ),
-            format!(
-                "output tok/day = GPUs · tok/s · U · A · 86400 = {} · {} · {} · {} · 86400 = {:.4e}",
-                outcome.gpus,
-                number(rate),
-                e.utilization,
-                e.availability,
-                outcome.output_tokens_per_day
-            ),
-            match outcome.board_w_per_gpu.value() {
-                Some(board_w) => {
-                    format!("W per GPU, IT = board + overhead = {board_w:.1} + {} = {it_w:.1}", e.overhead_w)
-                }
-                None => format!("W per GPU, IT = provisioned = {it_w:.1}"),
-            },
-            format!(
-                "output tok/s per MW = 10^6 · tok/s / W: IT {}, facility (· 1 / PUE) {}",
-                number(outcome.output_tokens_per_s_per_it_mw),
-                number(outcome.output_tokens_per_s_per_facility_mw)
-            ),
-            format!(
-                "J per output token = W / (tok/s): IT {it_w:.1} / {} = {}, facility (· PUE) {}",
-                number(rate),
-                number(outcome.it_j_per_output_token),
-                number(outcome.facility_j_per_output_token)
-            ),
-        ];
-        let currency = &self.site.money.currency;
-        if let (Some(fixed), Maybe::Value(cost)) = (fixed_hour(&self.cost), &outcome.cost_per_mtok_output) {
-            let energy = if self.energy_included {
-                "energy included".to_owned()
-            } else {
-                format!(
-                    "energy {} W · PUE {} · {} per MWh, idle time included",
-                    number(it_w),
-                    e.pue,
-                    e.electricity_per_mwh
-                )
-            };
-            lines.push(format!(
-                "cost per Mtok output = (fixed / (U · A) + energy) / (3600 · tok/s) · 10^6 = ({} / {share:.4} + …) / (3600 · {}) · 10^6 = \
-                 {cost:.4} {currency} ({energy})",
-                fixed.round_dp(6),
-                number(rate)
-            ));
-        }
-        if let Maybe::Value(cost) = outcome.energy_cost_per_mtok_output {
-            lines.push(format!(
-                "energy cost per Mtok output = W · PUE · price / (3.6 · 10^3 · tok/s) = {} · {} · {} / … = {cost:.5} {currency}",
-                number(it_w),
-                e.pue,
-                e.electricity_per_mwh
-            ));
-        }
-        lines
+fn sensitivity(input: &'static str, [low, high]: [f64; 2], [at_low, at_high]: [Outcome; 2]) -> Sensitivity {
+    Sensitivity {
+        input,
+        low,
+        high,
+        cost_at_low: at_low.cost_per_mtok_output,
+        cost_at_high: at_high.cost_per_mtok_output,
+        tokens_per_day_at_low: at_low.output_tokens_per_day,
+        tokens_per_day_at_high: at_high.output_tokens_per_day,
     }
 }
 
 /// Cost and energy over time.
 struct MoneyFlow {
     per_mtok: Maybe<f64>,
+    cash_per_mtok: Maybe<f64>,
     marginal_per_mtok: Maybe<f64>,
     idle_tax_per_hour: Maybe<f64>,
     mean_w: Maybe<f64>,

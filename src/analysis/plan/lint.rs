@@ -7,6 +7,8 @@ use crate::analysis::devices::{DeviceSheet, device_sheet};
 const MANY_W: f64 = 4000.0;
 /// A board's limit is a share of what it needs at least around it.
 const LEAST_OVER_TDP: f64 = 1.05;
+/// Less than any currency's electricity costs, except by the kWh.
+const LEAST_PER_MWH: f64 = 1.0;
 /// Sane PUE.
 const PUE: [f64; 2] = [1.02, 2.0];
 
@@ -85,6 +87,13 @@ pub fn lint(site: &Site) -> Vec<Finding> {
                 ));
             }
         }
+    }
+    let price = site.money.electricity_per_mwh.value;
+    if (0.0..LEAST_PER_MWH).contains(&price) && price > 0.0 {
+        findings.push(error(format!(
+            "money.electricity_per_mwh is {price} {} per MWh, expected {LEAST_PER_MWH} or more: a price per kWh was probably meant",
+            site.money.currency
+        )));
     }
     if let Some(steps) = out_of_order(site) {
         findings.push(error(format!("power.ramp goes back in time at {steps}")));

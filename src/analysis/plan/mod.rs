@@ -2,12 +2,15 @@
 //! division; what is drawn at random is not, and is rounded when it is printed. The formulas stand in PLANNING.md, and
 //! `--explain` prints them with this site's numbers.
 
+mod draws;
+mod explain;
 mod frame;
 mod lint;
 mod outcome;
 mod service;
 mod site;
 
+pub use draws::{Interval, Intervals};
 pub use lint::{Finding, Level, lint};
 pub use outcome::{Curve, LoadPoint, Outcome, RampPoint, Sensitivity};
 pub use site::{
@@ -17,13 +20,11 @@ pub use site::{
 
 use serde::Serialize;
 
-use self::frame::{Estimate, Frame};
+use self::frame::{Fixed, Frame};
 use self::service::Service;
-use super::calibrate::{Calibration, Grade, Load};
-use super::cost::{Work, cell_cost};
+use super::calibrate::{Calibration, Grade};
+use super::cost::{Work, cell_cost, without_capital};
 use super::devices::device_sheet;
-use super::nnls::quantile;
-use super::rng::Rng;
 use crate::record::{Amount, CostMode, CostModel, EnergyPrice, Maybe, Usage};
 
 /// Asked so far beyond what was measured, a calibration is not believed unasked.
@@ -46,14 +47,6 @@ impl Default for PlanOptions {
     }
 }
 
-/// 5th, 50th and 95th percentile of the draws.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct Interval {
-    pub p05: f64,
-    pub p50: f64,
-    pub p95: f64,
-}
-
 /// All that is forecast of a site.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Plan {
@@ -72,7 +65,7 @@ pub struct Plan {
     /// From the figures as they stand.
     pub outcome: Outcome,
     /// Name of an output → its interval.
-    pub intervals: std::collections::BTreeMap<&'static str, Interval>,
+    pub intervals: Intervals,
     pub ramp: Vec<RampPoint>,
     /// Cost and idle tax over utilisation.
     pub load_curve: Vec<LoadPoint>,
@@ -119,21 +112,24 @@ pub fn plan(site: &Site, calibration: &Calibration, options: &PlanOptions) -> Re
             domain_in_words(&service)
         )));
     }
+    let cost = cost_model(site)?;
     let frame = Frame {
         site,
         sheet,
         service,
         point,
+        fixed: Fixed::of(&cost),
         gpus_per_replica: f64::from(calibration.subject.gpus_per_replica),
-        cost: cost_model(site)?,
+        cost,
         energy_included: matches!(site.money.cost, CostMode::Rental { energy_included: true, .. }),
-        idle_board_w: calibration.idle_w.value().copied(),
+        // Machines that wait for work keep their weights.
+        idle_board_w: calibration.ready_w.value().or(calibration.idle_w.value()).copied(),
     };
     let estimate = frame.estimate(transfer)?;
     let best = service.best();
     let outcome = priced(&frame, frame.outcome(&estimate, &best));
     let extrapolated = reach > 1.0 + 1e-9;
-    let intervals = intervals(&frame, &estimate, options, if extrapolated { 2.0 } else { 1.0 });
+    let spread = draws::spread(&frame, &estimate, options, if extrapolated { 2.0 } else { 1.0 });
     Ok(Plan {
         schema: "tokmeter-plan/1",
         site: site.name.clone(),
@@ -146,13 +142,13 @@ pub fn plan(site: &Site, calibration: &Calibration, options: &PlanOptions) -> Re
         basis: calibration.basis.name(),
         extrapolated,
         currency: site.money.currency.to_string(),
-        intervals,
-        ramp: frame.ramp(&estimate, &best),
-        load_curve: frame.load_curve(&estimate, &best),
+        ramp: frame.ramp(&estimate, &outcome, &spread.ramp),
+        load_curve: with_intervals(frame.load_curve(&estimate, &outcome), spread.load),
         concurrency_curve: frame.concurrency_curve(&estimate),
-        sensitivities: frame.sensitivities(&estimate, &best),
+        sensitivities: frame.sensitivities(&estimate, &best, [&spread.slow, &spread.fast]),
+        intervals: spread.intervals,
         flags: flags(&frame, calibration, extrapolated),
-        explanation: explanation(&frame, &estimate, &outcome),
+        explanation: explain::explain(&frame, &estimate, &outcome),
         outcome,
         draws: options.draws,
         seed: options.seed,
@@ -234,52 +230,13 @@ fn priced(frame: &Frame<'_>, mut outcome: Outcome) -> Outcome {
     outcome.cost_per_mtok_output = cost.per_mtok_output;
     outcome.cost_per_mtok_total = cost.per_mtok_total;
     outcome.energy_cost_per_mtok_output = cost.energy_per_mtok_output;
-    let mut without_capital = frame.cost.clone();
-    if let CostMode::Owned { capex_per_server, .. } = &mut without_capital.mode
-        && let Ok(nothing) = Amount::try_from("0".to_owned())
-    {
-        *capex_per_server = nothing;
-    }
-    outcome.cash_cost_per_mtok_output = cell_cost(&without_capital, &work).per_mtok_output;
+    outcome.cash_cost_per_mtok_output = cell_cost(&without_capital(&frame.cost), &work).per_mtok_output;
     outcome
 }
 
-fn intervals(
-    frame: &Frame<'_>,
-    estimate: &Estimate,
-    options: &PlanOptions,
-    wider: f64,
-) -> std::collections::BTreeMap<&'static str, Interval> {
-    let mut rng = Rng::new(options.seed);
-    let mut values: std::collections::BTreeMap<&'static str, Vec<f64>> = Default::default();
-    for _ in 0..options.draws {
-        let laws = frame.service.draw(&mut rng, wider);
-        let drawn = frame.draw(estimate, &mut rng);
-        for (name, value) in headline(&frame.outcome(&drawn, &laws)) {
-            values.entry(name).or_default().push(value);
-        }
-    }
-    let interval = |values: Vec<f64>| Interval {
-        p05: quantile(&values, 0.05),
-        p50: quantile(&values, 0.5),
-        p95: quantile(&values, 0.95),
-    };
-    values.into_iter().map(|(name, values)| (name, interval(values))).collect()
-}
-
-/// The outputs that get an interval.
-fn headline(outcome: &Outcome) -> Vec<(&'static str, f64)> {
-    let mut values = vec![
-        ("gpus", outcome.gpus),
-        ("output_tokens_per_s_per_gpu", outcome.output_tokens_per_s_per_gpu),
-        ("output_tokens_per_day", outcome.output_tokens_per_day),
-        ("output_tokens_per_s_per_it_mw", outcome.output_tokens_per_s_per_it_mw),
-        ("output_tokens_per_s_per_facility_mw", outcome.output_tokens_per_s_per_facility_mw),
-        ("facility_j_per_output_token", outcome.facility_j_per_output_token),
-        ("facility_mw", outcome.facility_mw),
-    ];
-    values.extend(outcome.cost_per_mtok_output.value().map(|cost| ("cost_per_mtok_output", *cost)));
-    values
+fn with_intervals(mut points: Vec<LoadPoint>, intervals: Vec<Intervals>) -> Vec<LoadPoint> {
+    points.iter_mut().zip(intervals).for_each(|(point, intervals)| point.intervals = intervals);
+    points
 }
 
 /// What a reader must know before using a number.
@@ -336,28 +293,4 @@ fn flags(frame: &Frame<'_>, calibration: &Calibration, extrapolated: bool) -> Ve
         flags.push(format!("the site contradicts itself: {}", finding.text));
     }
     flags
-}
-
-/// Every formula with this site's numbers.
-fn explanation(frame: &Frame<'_>, estimate: &Estimate, outcome: &Outcome) -> Vec<String> {
-    let mut lines = Vec::new();
-    let first = &frame.site.demand.mix[0];
-    let (isl, osl) = (f64::from(first.isl), f64::from(first.osl));
-    let concurrency = frame.point.concurrency.unwrap_or(1.0);
-    for law in frame.service.laws() {
-        let load = match law.phase {
-            super::calibrate::Phase::Decode => {
-                Load::Decode { batch: concurrency, kv_tokens: concurrency * (isl + osl / 2.0) }
-            }
-            super::calibrate::Phase::Prefill => match frame.service {
-                Service::Composed { chunk, .. } => Load::Prefill { batch: 1.0, isl, chunk },
-                _ => continue,
-            },
-            super::calibrate::Phase::Serving => Load::Serving { concurrency, isl, osl },
-            super::calibrate::Phase::Saturated => Load::Saturated { isl, osl },
-        };
-        lines.push(format!("{} law at {}: {}", law.phase.name(), first.name, service::formula(law, &load)));
-    }
-    lines.extend(frame.explain(estimate, outcome));
-    lines
 }

@@ -2,6 +2,7 @@
 
 use serde::Serialize;
 
+use super::draws::{Interval, Intervals};
 use crate::record::Maybe;
 
 /// What a site makes, takes and costs. "Busy" is while there is work; means are over utilisation and availability.
@@ -27,16 +28,19 @@ pub struct Outcome {
     pub output_tokens_per_day: f64,
     pub input_tokens_per_day: f64,
     pub output_tokens_per_year: f64,
-    /// Busy, one GPU: its board; with its share of host, network and switches; without work.
+    /// Busy, one GPU: its board; with its share of the host; of network and switches too; without work.
     pub board_w_per_gpu: Maybe<f64>,
+    pub node_w_per_gpu: Maybe<f64>,
     pub it_w_per_gpu: f64,
     pub idle_it_w_per_gpu: Maybe<f64>,
-    /// Busy: output tokens per second for each megawatt of boards, machines, site.
+    /// Busy: output tokens per second for each megawatt of boards, nodes, all machines, site.
     pub output_tokens_per_s_per_board_mw: Maybe<f64>,
+    pub output_tokens_per_s_per_node_mw: Maybe<f64>,
     pub output_tokens_per_s_per_it_mw: f64,
     pub output_tokens_per_s_per_facility_mw: f64,
     pub total_tokens_per_s_per_it_mw: f64,
     pub board_j_per_output_token: Maybe<f64>,
+    pub node_j_per_output_token: Maybe<f64>,
     pub it_j_per_output_token: f64,
     pub facility_j_per_output_token: f64,
     pub it_j_per_total_token: f64,
@@ -65,6 +69,7 @@ pub struct RampPoint {
     pub mw: f64,
     pub gpus: f64,
     pub output_tokens_per_day: f64,
+    pub output_tokens_per_day_interval: Interval,
 }
 
 /// The site at another utilisation.
@@ -72,8 +77,11 @@ pub struct RampPoint {
 pub struct LoadPoint {
     pub utilization: f64,
     pub cost_per_mtok_output: Maybe<f64>,
+    pub cash_cost_per_mtok_output: Maybe<f64>,
     pub marginal_cost_per_mtok_output: Maybe<f64>,
     pub idle_tax_per_hour: Maybe<f64>,
+    /// Of the three costs, by name.
+    pub intervals: Intervals,
 }
 
 /// A replica at another concurrency.

@@ -122,6 +122,8 @@ pub struct Fleet {
     pub provisioned_w_per_gpu: Option<Figure>,
     /// Host, network and switches beside each board, W; absent: the sheet's all-in power less its board limit.
     pub overhead_w_per_gpu: Option<Figure>,
+    /// What of the overhead stands outside the node, W: switches and optics. Absent: node and network are one boundary.
+    pub network_w_per_gpu: Option<Figure>,
     /// A GPU's share of its node without work, W; absent: the sheet's.
     pub idle_w_per_gpu: Option<Figure>,
     /// Share of the time that a machine can work. No source gives one, so every site must state its own.
@@ -229,6 +231,40 @@ impl Figure {
     }
 }
 
+impl Site {
+    /// Every figure of the site by its key, in the order of the file's tables.
+    pub fn figures(&self) -> Vec<(&'static str, &Figure)> {
+        let fleet = &self.fleet;
+        let mut figures =
+            vec![("power.contract_mw", &self.power.contract_mw), ("power.pue", &self.power.pue)];
+        let optional = [
+            ("fleet.count", &fleet.count),
+            ("fleet.provisioned_w_per_gpu", &fleet.provisioned_w_per_gpu),
+            ("fleet.overhead_w_per_gpu", &fleet.overhead_w_per_gpu),
+            ("fleet.network_w_per_gpu", &fleet.network_w_per_gpu),
+            ("fleet.idle_w_per_gpu", &fleet.idle_w_per_gpu),
+        ];
+        figures.extend(optional.into_iter().filter_map(|(key, figure)| Some((key, figure.as_ref()?))));
+        figures.extend([
+            ("fleet.availability", &fleet.availability),
+            ("demand.utilization", &self.demand.utilization),
+            ("money.electricity_per_mwh", &self.money.electricity_per_mwh),
+        ]);
+        figures
+    }
+}
+
+impl Confidence {
+    pub fn name(self) -> &'static str {
+        match self {
+            Confidence::Primary => "primary",
+            Confidence::Secondary => "secondary",
+            Confidence::Computed => "computed",
+            Confidence::Assumed => "assumed",
+        }
+    }
+}
+
 /// Reads a site, with `--set key=value` applied to its text first.
 ///
 /// # Errors
@@ -324,6 +360,7 @@ impl Site {
         optional("fleet.count", &fleet.count, 1.0, 1e9)?;
         optional("fleet.provisioned_w_per_gpu", &fleet.provisioned_w_per_gpu, 10.0, 2e4)?;
         optional("fleet.overhead_w_per_gpu", &fleet.overhead_w_per_gpu, 0.0, 2e4)?;
+        optional("fleet.network_w_per_gpu", &fleet.network_w_per_gpu, 0.0, 2e4)?;
         optional("fleet.idle_w_per_gpu", &fleet.idle_w_per_gpu, 0.0, 2e4)?;
         check_figure("fleet.availability", &fleet.availability, 0.01, 1.0)?;
         check_figure("demand.utilization", &self.demand.utilization, 0.01, 1.0)?;

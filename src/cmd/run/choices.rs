@@ -28,8 +28,6 @@ const ROOM_FOR_WEIGHTS: f64 = 1.35;
 const NANOS_PER_SECOND: f64 = 1e9;
 /// Shortest window in which a GPU's energy counter says enough.
 const ENERGY_SECONDS: f64 = 10.0;
-/// Longest time for which idle power is watched.
-const LONGEST_IDLE_SECONDS: f64 = 3600.0;
 
 /// What this invocation will do.
 #[derive(Debug)]
@@ -172,7 +170,7 @@ impl Choices {
             power: args.power.clone(),
             require_energy: args.require_energy,
             thermal: args.thermal.into(),
-            idle_ns: idle_ns(args.idle_seconds)?,
+            idle_ns: idle_ns(args.idle_seconds.unwrap_or(suite.idle_seconds))?,
             session: args.session.clone(),
             offline: args.offline,
         })
@@ -223,7 +221,8 @@ fn suite_of(args: &Args, subject: &Subject) -> anyhow::Result<Suite> {
     let cells = suite::expand(kind, &sizes).map_err(usage)?;
     let (repeat, min_seconds, warmup_seconds) = (3, 1.5, 0.3);
     let (name, description) = (String::new(), String::new());
-    Ok(Suite { name, description, repeat, min_seconds, warmup_seconds, steady: false, cells })
+    let (steady, idle_seconds) = (false, 0.0);
+    Ok(Suite { name, description, repeat, min_seconds, warmup_seconds, steady, idle_seconds, cells })
 }
 
 fn usage_of(error: anyhow::Error) -> anyhow::Error {
@@ -315,10 +314,10 @@ fn protocol(args: &Args, suite: &Suite) -> anyhow::Result<Protocol> {
 }
 
 fn idle_ns(seconds: f64) -> anyhow::Result<u64> {
-    if (0.0..=LONGEST_IDLE_SECONDS).contains(&seconds) {
+    if (0.0..=suite::LONGEST_IDLE_SECONDS).contains(&seconds) {
         return Ok((seconds * NANOS_PER_SECOND) as u64);
     }
-    Err(usage(format!("--idle-seconds is {seconds}, expected 0 to {LONGEST_IDLE_SECONDS}")))
+    Err(usage(format!("--idle-seconds is {seconds}, expected 0 to {}", suite::LONGEST_IDLE_SECONDS)))
 }
 
 fn synthetic_seed(text: &str) -> anyhow::Result<Option<u64>> {

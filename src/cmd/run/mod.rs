@@ -122,9 +122,10 @@ pub struct Args {
     /// A cell without undoubted energy fails; windows last 10 s at least
     #[arg(long)]
     require_energy: bool,
-    /// Measure power before the start and with the weights resident, for so long each
-    #[arg(long, value_name = "SECONDS", default_value_t = 0.0)]
-    idle_seconds: f64,
+    /// Watch power before the start, with the weights resident, and after the load, for so long each [default: the suite's,
+    /// or 0]
+    #[arg(long, value_name = "SECONDS")]
+    idle_seconds: Option<f64>,
     /// Between runs: hot goes on at once; cooldown waits until the device is as cool as before the first cell, and warms
     /// up again
     #[arg(long, value_enum, default_value_t = ThermalChoice::Hot)]
@@ -267,6 +268,10 @@ impl Bench<'_> {
                 break;
             }
             store.save(record)?;
+        }
+        if record.status == Status::Running {
+            power::observe_after_load(self.choices, self.meter, &self.started.clock);
+            record.meter = self.meter.record();
         }
         record::close(record, &self.started.clock);
         store.save(record)

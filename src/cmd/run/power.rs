@@ -86,6 +86,13 @@ pub(super) fn observe_idle(choices: &Choices, meter: &mut PowerMeter, clock: &Cl
     }
 }
 
+/// Power from the end of the load on.
+pub(super) fn observe_after_load(choices: &Choices, meter: &mut PowerMeter, clock: &Clock) {
+    if choices.idle_ns > 0 && meter.absence().is_none() {
+        meter.observe_idle_after_load(clock, choices.idle_ns);
+    }
+}
+
 /// A cell in which every window has energy that nothing speaks against; else it has failed.
 pub(super) fn require_energy(cell: Cell) -> Cell {
     let windows = cell.runs.iter().flat_map(|run| &run.windows);

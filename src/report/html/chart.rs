@@ -37,12 +37,14 @@ pub(super) struct Line {
     pub(super) points: Vec<Point>,
     pub(super) is_joined: bool,
     pub(super) has_markers: bool,
+    /// The area around the line: x, and the least and largest y there.
+    pub(super) area: Vec<(f64, f64, f64)>,
 }
 
 impl Line {
     /// Joined points with markers.
     pub(super) fn new(look: Look, points: Vec<Point>) -> Line {
-        Line { look, points, is_joined: true, has_markers: true }
+        Line { look, points, is_joined: true, has_markers: true, area: Vec::new() }
     }
 }
 
@@ -70,10 +72,14 @@ pub(super) fn draw(chart: &Chart) -> String {
         x: Scale::new(&chart.x, points().map(|p| p.x).chain(chart.bands.iter().flat_map(|b| [b.0, b.1]))),
         y: Scale::new(
             &chart.y,
-            points().flat_map(|p| {
-                let half = p.half_spread.unwrap_or(0.0);
-                [p.y - half, p.y + half]
-            }),
+            points()
+                .flat_map(|p| {
+                    let half = p.half_spread.unwrap_or(0.0);
+                    [p.y - half, p.y + half]
+                })
+                .chain(
+                    chart.lines.iter().flat_map(|line| &line.area).flat_map(|(_, low, high)| [*low, *high]),
+                ),
         ),
     };
     let mut svg = Svg::default();
@@ -148,6 +154,11 @@ fn draw_axes(svg: &mut Svg, chart: &Chart, plane: &Plane) {
 fn draw_line(svg: &mut Svg, line: &Line, plane: &Plane) {
     let places: Vec<(f64, f64)> = line.points.iter().map(|point| plane.at(point.x, point.y)).collect();
     svg.raw(&format!(r#"<g class="{}">"#, line.look.colour_class()));
+    if !line.area.is_empty() {
+        let upper = line.area.iter().map(|(x, _, high)| plane.at(*x, *high));
+        let lower = line.area.iter().rev().map(|(x, low, _)| plane.at(*x, *low));
+        svg.path("area", &upper.chain(lower).collect::<Vec<_>>());
+    }
     if line.is_joined {
         svg.path(&line.look.line_class(), &places);
     }

@@ -22,7 +22,7 @@ pub(super) struct Page {
     pub(super) sections: Vec<Section>,
 }
 
-/// A record, or a side of a comparison, as the legend of the page names it.
+/// A record, a side of a comparison, or the subject of a plan, as the legend of the page names it.
 #[derive(Debug, Serialize)]
 pub(super) struct RecordHead {
     /// Finished markup.
@@ -41,12 +41,27 @@ pub(super) struct Section {
 #[derive(Debug, Serialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub(super) enum Block {
-    Text { text: String },
-    Heading { text: String },
-    Bullets { items: Vec<String> },
-    Charts { charts: Vec<Figure> },
+    Text {
+        text: String,
+    },
+    Heading {
+        text: String,
+    },
+    Bullets {
+        items: Vec<String>,
+    },
+    /// Closed until asked for.
+    Formulas {
+        caption: String,
+        items: Vec<String>,
+    },
+    Charts {
+        charts: Vec<Figure>,
+    },
     Table(Table),
-    Facts { groups: Vec<FactGroup> },
+    Facts {
+        groups: Vec<FactGroup>,
+    },
 }
 
 impl Block {

@@ -1,7 +1,8 @@
-//! One self-contained HTML page from records, or from a comparison of records: no script, no request, light and dark, readable on paper. Sections are
-//! computed as data ([`content`]), charts as SVG ([`chart`]); the template `page.html` alone lays them out, and escapes
-//! whatever comes from a record.
+//! One self-contained HTML page from records, a comparison of records, or a plan: no script, no request, light and dark,
+//! readable on paper. Sections are computed as data ([`content`]), charts as SVG ([`chart`]); the template `page.html`
+//! alone lays them out, and escapes whatever comes from a file.
 
+mod bars;
 mod chart;
 mod comparison;
 mod content;
@@ -10,6 +11,7 @@ mod environment;
 mod gaps;
 mod latency;
 mod look;
+mod plan;
 mod results;
 mod roofline;
 mod scale;
@@ -32,6 +34,8 @@ pub use comparison::page as comparison_page;
 use content::{Page, RecordHead};
 use subject::{Subject, models};
 use svg::printable;
+
+pub use plan::plan_page;
 
 const TEMPLATE: &str = "page.html";
 
