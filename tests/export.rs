@@ -398,6 +398,13 @@ fn a_profile_is_in_milliseconds_and_tokens_per_second_and_gpu() {
 }
 
 #[test]
+fn more_tokens_than_the_engine_held_are_no_profile() {
+    let mut record = grid().record;
+    record.engine.kv_pages = 1000;
+    assert!(refused("dynamo-profile", &[of_record(&record)], &[]).contains("times the 16000 tokens"));
+}
+
+#[test]
 fn a_cell_that_was_visited_twice_is_one_point_of_a_profile() {
     let mut record = grid().record;
     let mut again = record.cells.iter().find(|cell| cell.key == "prefill/b1/i128").unwrap().clone();

@@ -68,6 +68,9 @@ struct Decode {
     max_kv_tokens: u64,
 }
 
+/// Cells by key with all their runs.
+type Cells<'a> = BTreeMap<&'a str, (&'a Cell, Vec<&'a Run>)>;
+
 pub(super) fn export(sources: &[Source<'_>]) -> Result<Exported, Refusal> {
     let cells = merged(sources);
     let prefill = prefill(&cells);
@@ -87,6 +90,12 @@ pub(super) fn export(sources: &[Source<'_>]) -> Result<Exported, Refusal> {
                 .to_owned(),
         ));
     }
+    if let Some(usage) = decode.x_kv_usage.iter().find(|usage| **usage > 1.0) {
+        return Err(Refusal(format!(
+            "a decode cell used {usage} times the {max_kv_tokens} tokens that the engine held, expected at most once\n\
+             hint: tokmeter validate says what else is wrong with the record"
+        )));
+    }
     let notes = too_few(&[("prefill", prefill.prefill_isl.len()), ("decode", decode.z_itl.len())]);
     let hashes: Vec<&str> = sources.iter().map(|source| source.sha256.as_str()).collect();
     let map = ConfigMap {
@@ -104,9 +113,9 @@ pub(super) fn export(sources: &[Source<'_>]) -> Result<Exported, Refusal> {
     Ok(Exported { text: as_json(&map)?, notes })
 }
 
-/// Cells by key with the runs of all records, so that a cell that was visited several times is one point.
-fn merged<'a>(sources: &'a [Source<'a>]) -> BTreeMap<&'a str, (&'a Cell, Vec<&'a Run>)> {
-    let mut cells: BTreeMap<&str, (&Cell, Vec<&Run>)> = BTreeMap::new();
+/// The cells of all records together, so that one that was visited several times is one point.
+fn merged<'a>(sources: &'a [Source<'a>]) -> Cells<'a> {
+    let mut cells = Cells::new();
     for cell in sources.iter().flat_map(|source| measured(source.record)) {
         cells.entry(cell.key.as_str()).or_insert_with(|| (cell, Vec::new())).1.extend(&cell.runs);
     }
@@ -122,7 +131,7 @@ fn max_kv_tokens(sources: &[Source<'_>]) -> u64 {
     sources.iter().map(held).max().unwrap_or(0)
 }
 
-fn prefill(cells: &BTreeMap<&str, (&Cell, Vec<&Run>)>) -> Prefill {
+fn prefill(cells: &Cells<'_>) -> Prefill {
     let mut points: Vec<(u32, f64, usize)> = cells
         .values()
         .filter_map(|(cell, runs)| match cell.workload {
@@ -142,7 +151,7 @@ fn prefill(cells: &BTreeMap<&str, (&Cell, Vec<&Run>)>) -> Prefill {
     prefill
 }
 
-fn decode(cells: &BTreeMap<&str, (&Cell, Vec<&Run>)>, max_kv_tokens: u64) -> Decode {
+fn decode(cells: &Cells<'_>, max_kv_tokens: u64) -> Decode {
     let mut decode = Decode { max_kv_tokens, ..Decode::default() };
     for (cell, runs) in cells.values() {
         let Workload::Decode { batch, depth, osl } = cell.workload else { continue };
