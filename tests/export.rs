@@ -631,7 +631,7 @@ fn fleet_sim_wants_the_record_that_the_calibration_was_fitted_to() {
     let cost = [("cost_per_hr", "2.5")];
     let text = refused("fleet-sim", &[calibration.clone(), of_record(&cpu_record())], &cost);
     assert!(text.contains("is none of the records that c.json was fitted to"), "{text}");
-    assert!(refused("fleet-sim", &[calibration.clone()], &cost).contains("got 1 and 0"));
+    assert!(refused("fleet-sim", std::slice::from_ref(&calibration), &cost).contains("got 1 and 0"));
     let text = refused("fleet-sim", &[calibration.clone(), of_record(&grid.record)], &[]);
     assert!(text.contains("has no rental price in USD"), "{text}");
     let far = [("cost_per_hr", "2.5"), ("calibration_ctx", "9000")];
