@@ -21,6 +21,7 @@ pub mod backend;
 pub mod clock;
 pub mod cmd;
 pub mod engine;
+pub mod export;
 pub mod machine;
 pub mod meter;
 pub mod model;

@@ -324,7 +324,7 @@ fn every_ability_of_the_device_has_its_layer_and_its_direction() {
                     power_w: 70.0,
                     uncertainty_w: 0.1,
                     duration_ns: 60_000_000_000,
-                    parts_w: Maybe::not_recorded(),
+                    parts_w: Maybe::missing("made_up"),
                 })
             };
             (record.meter.idle_no_context, record.meter.idle_context_resident) = (idle(), idle());

@@ -6,6 +6,7 @@ mod check;
 mod compare;
 mod device;
 mod doctor;
+mod export;
 mod interrupt;
 mod model;
 mod models;
@@ -44,7 +45,8 @@ pub const INTERRUPTED: u8 = 130;
                   tokmeter report RECORD.json               a record as Markdown\n  \
                   tokmeter compare --baseline A.json --candidate B.json    is B slower than A\n  \
                   tokmeter calibrate RECORD.json            laws of time and energy, with their errors\n  \
-                  tokmeter plan --site sites/NAME.toml      tokens, megawatts and money of a site\n\n\
+                  tokmeter plan --site sites/NAME.toml      tokens, megawatts and money of a site\n  \
+                  tokmeter export --to FORMAT FILE          a planner's own format\n\n\
                   Exit codes: 0 done, 1 something failed, 2 usage, 3 broken or foreign file, 130 interrupted; compare has\n\
                   its own, see tokmeter compare --help"
 )]
@@ -65,6 +67,7 @@ enum Verb {
     Report(report::Args),
     Calibrate(calibrate::Args),
     Plan(plan::Args),
+    Export(export::Args),
 }
 
 /// The command line is wrong.
@@ -117,6 +120,7 @@ pub fn execute() -> u8 {
         Verb::Report(args) => report::run(args),
         Verb::Calibrate(args) => calibrate::run(args),
         Verb::Plan(args) => plan::run(args),
+        Verb::Export(args) => export::run(args),
     };
     result.unwrap_or_else(|error| fail(&error))
 }
