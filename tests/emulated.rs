@@ -425,14 +425,15 @@ fn on_the_device_too_few_frequencies() {
     log_probabilities(Cuda::new(0, shape, CudaOptions::default()).unwrap(), weights.as_ref(), &[1, 2, 3]);
 }
 
-/// A run with these kernels: its error, or its record.
-fn run_with(form: &str, folder: &Path, settings: &[(&str, &str)]) -> Option<Result<Record, String>> {
-    let out = folder.join("record.json");
+/// A run with these kernels, which are kept in `cache`: its error, or its record.
+fn run_with(form: &str, cache: &Path, settings: &[(&str, &str)]) -> Option<Result<Record, String>> {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("record.json");
     let cells = ["--batch", "2", "--isl", "16", "--osl", "4", "--min-seconds", "0.05", "--repeat", "1"];
     let path = out.to_str().unwrap();
     let arguments =
         [&["run", "--device", "cuda:0", "-m", TINY[0], "-o", path, "--jit", form], &cells[..]].concat();
-    let settings = [&[("TOKMETER_CACHE", folder.to_str().unwrap())], settings].concat();
+    let settings = [&[("TOKMETER_CACHE", cache.to_str().unwrap())], settings].concat();
     let output = tokmeter(Build::Plain, &settings, &arguments)?;
     Some(if output.status.success() { Ok(read(&out).unwrap()) } else { Err(stderr(&output)) })
 }
