@@ -358,7 +358,7 @@ fn notes(series: &Series, judged: &Judged, rules: Rules, quantiles: &TQuantiles)
         Noise::Pooled => {}
     }
     if effect.rests_on_one_session && judged.p_worse <= rules.alpha {
-        notes.push("rests on one session: without it the sign turns".to_owned());
+        notes.push("rests on one session: without it the loss might be chance".to_owned());
     }
     let real_loss = effect.difference + effect.half_width(0.95, quantiles) < 0.0;
     if real_loss && matches!(judged.verdict, Verdict::Pass | Verdict::Same) {
