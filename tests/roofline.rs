@@ -4,16 +4,19 @@
 
 #![allow(clippy::unwrap_used)]
 
+#[path = "common/ceiling.rs"]
+mod ceiling;
 #[path = "common/program.rs"]
 mod program;
 
 use std::collections::BTreeMap;
 use std::sync::LazyLock;
 
+use ceiling::ceiling;
 use program::{fake_record, tokmeter};
 use tempfile::tempdir;
 use tokmeter::analysis::{Flag, summarize, utilization, violations};
-use tokmeter::record::{Ceiling, Ceilings, Maybe, Record, Window, parse, write_atomically};
+use tokmeter::record::{Ceilings, Maybe, Record, Window, parse, write_atomically};
 use tokmeter::report;
 
 /// The scripted engine's record of one cell of each kind, on a device of a cache of 1 MiB that reads 10 GB/s and
@@ -40,19 +43,6 @@ const PREFILL: usize = 0;
 const DECODE: usize = 2;
 const GENERATE: usize = 4;
 const SERVE: usize = 5;
-
-fn ceiling(value: f64) -> Maybe<Ceiling> {
-    Maybe::Value(Ceiling {
-        value,
-        median: value,
-        best: value,
-        spread_ratio: 0.0,
-        by: "own".to_owned(),
-        repetitions: 3,
-        work_per_repetition: 1,
-        working_set_bytes: 8 << 20,
-    })
-}
 
 fn device(record: &mut Record) -> &mut Ceilings {
     match &mut record.ceilings {

@@ -43,7 +43,7 @@ const EXAMPLES: &str = "Examples:\n  \
     tokmeter export --to fleet-sim calibration.json record.json --set cost_per_hr=2.50\n  \
     tokmeter export --to mlperf-power record.json --set cooling=air --out system_power.json\n\n\
     What was not measured is left out, and said on stderr.\n\
-    Exit codes: 0 written, 1 refused (the files lack what the format needs), 2 usage, 3 a file is unreadable or of another\n\
+    Exit codes: 0 written, 1 refused (the files lack what the format needs), 2 usage, 3 a file is unreadable or of another \
     format";
 
 fn format_parser() -> impl TypedValueParser<Value = Format> {

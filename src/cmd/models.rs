@@ -22,8 +22,8 @@ Examples:
   tokmeter models verify                 hash every cached file again
 
 One folder per checkpoint in $TOKMETER_CACHE, else $XDG_CACHE_HOME/tokmeter, else ~/.cache/tokmeter.
-Honoured: HF_TOKEN (gated checkpoints), HF_ENDPOINT (a mirror), SSL_CERT_FILE, HTTPS_PROXY, NO_PROXY,
-TOKMETER_PYTHON (whose pip to use).";
+Honoured: HF_TOKEN (gated checkpoints), HF_ENDPOINT (a mirror), SSL_CERT_FILE, HTTPS_PROXY,
+NO_PROXY, TOKMETER_PYTHON (whose pip to use).";
 
 /// List known checkpoints, show their shapes and bytes, fetch and verify their files
 #[derive(Clone, Debug, clap::Args)]

@@ -2,10 +2,13 @@
 
 #![allow(dead_code, unreachable_pub)] // each test crate uses its own part
 
+mod ceiling;
+
 use std::collections::BTreeMap;
 
+use ceiling::ceiling;
 use tokmeter::record::machine::Gpu;
-use tokmeter::record::{Ceiling, Ceilings, Clocks, Energy, Maybe, Record, Temperature, Window};
+use tokmeter::record::{Ceilings, Clocks, Energy, Maybe, Record, Temperature, Window};
 
 /// Energy of a whole window at even power.
 pub fn energy(window: &Window, watts: f64) -> Energy {
@@ -66,18 +69,6 @@ pub fn set_power(record: &mut Record, watts: f64) {
 
 /// Ceilings of the record's device: bytes and bf16 flops a second.
 pub fn set_ceilings(record: &mut Record, bytes_per_s: f64, flops_per_s: f64) {
-    let ceiling = |value: f64| {
-        Maybe::Value(Ceiling {
-            value,
-            median: value,
-            best: value,
-            spread_ratio: 0.0,
-            by: "own".to_owned(),
-            repetitions: 3,
-            work_per_repetition: 1,
-            working_set_bytes: 8 << 20,
-        })
-    };
     record.ceilings = Maybe::Value(vec![Ceilings {
         device: record.engine.device.clone(),
         last_level_cache_bytes: Maybe::Value(50 << 20),

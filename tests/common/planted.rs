@@ -3,12 +3,15 @@
 
 #![allow(dead_code, unreachable_pub)] // each test crate uses its own part
 
+mod ceiling;
+
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use ceiling::ceiling;
 use tokmeter::analysis::calibrate::Given;
 use tokmeter::record::machine::Gpu;
-use tokmeter::record::{Ceiling, Ceilings, Energy, Maybe, Record, Workload, hold_out, read};
+use tokmeter::record::{Ceilings, Energy, Maybe, Record, Workload, hold_out, read};
 
 /// What the machine obeys: seconds and joules of decode steps and of batches of prompts.
 #[derive(Clone, Copy)]
@@ -71,18 +74,6 @@ pub fn record(truth: &Truth, cells: &[Workload]) -> Given {
         compute_capability: Maybe::missing("not_found"),
         setup: Maybe::missing("not_found"),
     }];
-    let ceiling = |value| {
-        Maybe::Value(Ceiling {
-            value,
-            median: value,
-            best: value,
-            spread_ratio: 0.0,
-            by: "own".to_owned(),
-            repetitions: 3,
-            work_per_repetition: 1,
-            working_set_bytes: 1 << 30,
-        })
-    };
     record.ceilings = Maybe::Value(vec![Ceilings {
         device: device.clone(),
         read_bandwidth_bytes_per_s: ceiling(20e9),

@@ -15,12 +15,12 @@ use super::{FAILED, print};
 #[derive(Debug, clap::Args)]
 #[command(
     after_help = "Without --prompts, every operation and a shallow slice of the model (its shapes, 2 layers, at \
-    most 4096 tokens\nof vocabulary) are held against plain scalar arithmetic: made-up weights, or with --dtype \
-    quantized the checkpoint's\nown.\n\n\
+    most 4096 tokens of vocabulary) are held against plain scalar arithmetic: made-up weights, or with --dtype \
+    quantized the checkpoint's own.\n\n\
     With --prompts, each line of FILE is {\"id\": \"a\", \"text\": \"…\"} or {\"id\": \"a\", \"token_ids\": [1, 2]}. \
-    Each line of the\noutput is {\"id\", \"token_ids\", \"top\", \"greedy\": {\"token_ids\", \"text\"}}: top[i] ranks \
-    the K likeliest tokens after\ntoken_ids[i] as [token id, natural log-probability]. Special tokens written in a \
-    text count as such; BOS comes first\nonly where the checkpoint says so. The text of the continuation is null \
+    Each line of the output is {\"id\", \"token_ids\", \"top\", \"greedy\": {\"token_ids\", \"text\"}}: top[i] ranks \
+    the K likeliest tokens after token_ids[i] as [token id, natural log-probability]. Special tokens written in a \
+    text count as such; BOS comes first only where the checkpoint says so. The text of the continuation is null \
     where there is no tokenizer.\n\n\
     Examples:\n  \
     tokmeter check\n  \

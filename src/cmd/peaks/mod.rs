@@ -31,9 +31,9 @@ const PREPARATION_S: f64 = 30.0;
 #[derive(Debug, clap::Args)]
 #[command(
     after_help = "Every ceiling is the best that was sustained over three repetitions in a row, on random data and, \
-    for memory, on at\nleast 8 times the last-level cache. --ops then times every fused operation at a model's shapes \
-    against the bound\nmax(bytes / bandwidth, flops / matmul peak): decode steps for each --batch and --depth, \
-    prompts for each\n--batch and --isl.\n\n\
+    for memory, on at least 8 times the last-level cache. --ops then times every fused operation at a model's shapes \
+    against the bound max(bytes / bandwidth, flops / matmul peak): decode steps for each --batch and --depth, \
+    prompts for each --batch and --isl.\n\n\
     Examples:\n  \
     tokmeter peaks\n  \
     tokmeter peaks --device cuda:0 --seconds 2 --format json --out peaks.json\n  \

@@ -49,8 +49,8 @@ use view::View;
     tokmeter run --weights synthetic -m llama-3.2-1b --batch 1 --isl 128 --dry-run"
 )]
 pub struct Args {
-    /// Named suite (quick, gpu-quick, standard, gpu-standard, decode, prefill, driver) or a suite file [default: quick, on cuda
-    /// gpu-quick]
+    /// Named suite (quick, gpu-quick, standard, gpu-standard, decode, prefill, driver, calibration, calibration-small) or
+    /// a suite file [default: quick, on cuda gpu-quick]
     #[arg(long, value_name = "NAME|FILE")]
     suite: Option<String>,
     /// Known model, .gguf or .safetensors file, or folder [default: smollm2-135m; on cuda the shapes of llama-3.1-8b, or
