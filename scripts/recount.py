@@ -118,13 +118,14 @@ def comparisons(ours, theirs):
 
 def differences(ours, summary):
     """Sentences, and how many numbers were compared."""
-    theirs = {cell["key"]: cell for cell in summary["cells"]}
+    theirs = summary["cells"]
     faults, compared = [], 0
-    for cell in ours["cells"]:
-        if cell["key"] not in theirs:
-            faults.append(f"{cell['key']}: not in the summary")
+    # In the record's order: an anchor is measured several times under one key.
+    for cell, its_cell in zip(ours["cells"], theirs):
+        if cell["key"] != its_cell["key"]:
+            faults.append(f"{cell['key']}: {its_cell['key']} stands in its place in the summary")
             continue
-        for name, mine, its in comparisons(cell, theirs[cell["key"]]):
+        for name, mine, its in comparisons(cell, its_cell):
             if mine is None and its is None:
                 continue
             compared += 1

@@ -6,7 +6,7 @@
 #[path = "common/program.rs"]
 mod program;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::LazyLock;
 use std::time::Duration;
 
@@ -1091,68 +1091,6 @@ fn a_thousand_cells_of_fifty_records_are_compared_in_time_and_memory() {
     let most = if is_full() { 5.0 } else { 60.0 };
     eprintln!("{cells} cells of {records} records: {seconds:.2} s");
     assert!(seconds < most, "{seconds} s, expected less than {most} s");
-}
-
-/// Folders of real sessions without any change between them, if they are committed.
-fn committed_sessions() -> Vec<Vec<PathBuf>> {
-    let results = Path::new(env!("CARGO_MANIFEST_DIR")).join("results");
-    let mut folders: Vec<PathBuf> = std::fs::read_dir(results)
-        .unwrap()
-        .map(|entry| entry.unwrap().path())
-        .filter(|path| path.to_string_lossy().ends_with("-aa-sessions"))
-        .collect();
-    folders.sort();
-    if folders.is_empty() {
-        eprintln!("no folder of real sessions is committed under results/");
-    }
-    folders
-        .into_iter()
-        .map(|folder| {
-            let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
-            let mut files: Vec<PathBuf> =
-                entries.filter(|path| path.extension().is_some_and(|e| e == "json")).collect();
-            files.sort();
-            files
-        })
-        .collect()
-}
-
-#[test]
-fn real_sessions_without_a_change_never_regress_and_a_planted_one_does() {
-    for files in committed_sessions() {
-        let records: Vec<Record> = files.iter().map(|path| read(path).unwrap()).collect();
-        assert!(records.len() >= 24, "{} sessions in {:?}", records.len(), files.first());
-        let all: Vec<Sample> = records
-            .iter()
-            .enumerate()
-            .map(|(i, r)| Sample::of(r.clone(), &i.to_string(), false).unwrap())
-            .collect();
-        no_split_regresses(&all, 6);
-        // Ten percent, or twice what this set can detect, whichever is more, on every other session.
-        let (even, odd): (Vec<usize>, Vec<usize>) = (0..records.len()).partition(|index| index % 2 == 0);
-        let side = |places: &[usize], slowness: f64| -> Vec<Sample> {
-            places
-                .iter()
-                .map(|i| Sample::of(slowed(&records[*i], slowness), &i.to_string(), false).unwrap())
-                .collect()
-        };
-        let quiet = compared(&side(&even, 1.0), &side(&odd, 1.0));
-        let detectable = |cell: &&Comparand| *cell.numbers.value().unwrap().detectable_ratio.value().unwrap();
-        let most = throughput(&quiet).iter().map(detectable).fold(0.0, f64::max);
-        let loss = f64::max(0.10, 2.0 * most);
-        let result = compared(&side(&even, 1.0), &side(&odd, 1.0 / (1.0 - loss)));
-        assert_eq!(result.verdict, Verdict::Regressed, "{:?}", result.reasons);
-        assert!(throughput(&result).iter().all(|cell| cell.verdict == Verdict::Regressed));
-    }
-}
-
-/// A record whose windows took longer.
-fn slowed(record: &Record, slowness: f64) -> Record {
-    let mut record = record.clone();
-    for window in record.cells.iter_mut().flat_map(|cell| &mut cell.runs).flat_map(|run| &mut run.windows) {
-        window.t1_ns = window.t0_ns + ((window.t1_ns - window.t0_ns) as f64 * slowness) as u64;
-    }
-    record
 }
 
 #[test]

@@ -419,6 +419,24 @@ mod tests {
         }
     }
 
+    /// A law is fitted to 8 points or more (PLANNING.md); what is held out does not count.
+    #[test]
+    fn calibration_suites_leave_enough_points_to_learn_from() {
+        for name in ["calibration", "calibration-small"] {
+            let cells: std::collections::BTreeMap<String, Workload> =
+                load(name).unwrap().cells.into_iter().map(|cell| (cell.key(), cell)).collect();
+            let cells: Vec<Workload> = cells.into_values().collect();
+            let split = crate::record::hold_out(&cells);
+            let is_left = |cell: &&Workload| {
+                ![&split.interior, &split.row, &split.frontier].iter().any(|keys| keys.contains(&cell.key()))
+            };
+            let left = || cells.iter().filter(is_left);
+            let decode = left().filter(|cell| matches!(cell, Workload::Decode { .. })).count();
+            let prefill = left().filter(|cell| matches!(cell, Workload::Prefill { .. })).count();
+            assert!(decode >= 8 && prefill >= 8, "{name}: {decode} decode and {prefill} prefill points");
+        }
+    }
+
     #[test]
     fn a_wrong_suite_is_refused_with_its_place_and_reason() {
         let head = "name='x'\ndescription='y'\nmin_seconds=1\nwarmup_seconds=0\n";
