@@ -284,6 +284,7 @@ fn the_ending_or_the_format_decides() {
         (&["--out", "a.HTM"], "<!doctype html>"),
         (&["--out", "a.md"], "# tokmeter report"),
         (&["--out", "a.txt"], "# tokmeter report"),
+        (&["--out", "a.json"], "["),
         (&["--out", "a.txt", "--format", "html"], "<!doctype html>"),
     ] {
         let done = report(args);

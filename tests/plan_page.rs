@@ -214,6 +214,12 @@ fn the_ending_of_each_file_decides_what_is_written() {
     assert!(text("p.html").contains(&format!("breaks even at a utilisation of {:.1} %", share * 100.0)));
     let done = tokmeter(folder.path(), &[&args[..], &["--format", "markdown"]].concat());
     assert_eq!(done.stdout, text("p.md"));
+    let done = tokmeter(folder.path(), &[&args[..], &["--out", "p.txt", "--out", "p.pdf"]].concat());
+    assert_eq!(done.code, Some(2), "{}", done.stderr);
+    assert!(done.stderr.contains("--out is 'p.pdf', expected an ending"), "{}", done.stderr);
+    assert!(!folder.path().join("p.txt").exists(), "nothing is written before every place is known");
+    let done = tokmeter(folder.path(), &[&args[..], &["--out", "p.txt"]].concat());
+    assert_eq!(done.stdout, text("p.txt"));
     let done =
         tokmeter(folder.path(), &["plan", "--site", site.to_str().unwrap(), "--price-per-mtok", "free"]);
     assert_eq!(done.code, Some(2), "{}", done.stderr);

@@ -7,6 +7,7 @@ mod compare;
 mod device;
 mod doctor;
 mod export;
+mod format;
 mod interrupt;
 mod model;
 mod models;

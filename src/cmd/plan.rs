@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
-use clap::ValueEnum;
 
+use super::format::Format;
 use super::{FAILED, bad_file, print, remark, usage};
 use crate::analysis::calibrate::read_calibration;
 use crate::analysis::plan::{DRAWS, Level, PlanOptions, lint, plan, read_site};
@@ -52,33 +52,13 @@ pub struct Args {
     /// How the plan is printed
     #[arg(long, value_enum, default_value_t = Format::Table)]
     format: Format,
-    /// Also write the plan here; the ending .html makes it a page with plots, .md Markdown, any other JSON; may be given
-    /// several times
+    /// Also write the plan here, as the ending says: .json, .md, .html (a page with plots) or .txt; may be given several
+    /// times
     #[arg(long, short, value_name = "FILE")]
     out: Vec<PathBuf>,
     /// Look for wrong units and broken physics in site files, forecast nothing
     #[arg(long, value_name = "FILE", num_args = 1.., conflicts_with_all = ["site", "calibration", "out"])]
     lint: Option<Vec<PathBuf>>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Format {
-    Table,
-    Json,
-    Markdown,
-    Html,
-}
-
-impl Format {
-    /// Of a file, by its ending.
-    fn of(path: &Path) -> Format {
-        let ending = path.extension().map(std::ffi::OsStr::to_ascii_lowercase);
-        match ending.as_ref().and_then(|ending| ending.to_str()) {
-            Some("html" | "htm") => Format::Html,
-            Some("md") => Format::Markdown,
-            _ => Format::Json,
-        }
-    }
 }
 
 /// # Errors
@@ -88,6 +68,8 @@ pub fn run(args: Args) -> anyhow::Result<u8> {
         return lint_all(files, &args.settings);
     }
     let path = args.site.as_deref().ok_or_else(|| usage("--site is missing"))?;
+    let places: Vec<(&PathBuf, Format)> =
+        args.out.iter().map(|out| Ok((out, Format::of(out)?))).collect::<anyhow::Result<_>>()?;
     args.out.iter().try_for_each(|out| check_place(out))?;
     let mut site = read_site(path, &args.settings).map_err(|error| {
         if format!("{error:#}").contains("--set") { usage(format!("{error:#}")) } else { bad_file(error) }
@@ -122,8 +104,8 @@ pub fn run(args: Args) -> anyhow::Result<u8> {
         })
     };
     print(&text(args.format)?)?;
-    for out in &args.out {
-        write_atomically(out, text(Format::of(out))?.as_bytes())
+    for (out, format) in places {
+        write_atomically(out, text(format)?.as_bytes())
             .with_context(|| format!("{}: cannot write the plan", out.display()))?;
         remark(&format!("plan: {}", out.display()));
     }

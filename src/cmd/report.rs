@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 
+use super::format;
 use super::price::PriceArgs;
 use crate::analysis::compare::{self, Comparison};
 use crate::cmd::{bad_file, print, remark, usage};
@@ -22,7 +23,7 @@ pub struct Args {
     /// Record files, or one file that `compare --format json` wrote
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
-    /// Write here instead of stdout; the ending .html makes it a page, any other Markdown
+    /// Write here instead of stdout; the ending .html makes it a page, .json JSON, any other Markdown
     #[arg(long, short, value_name = "FILE")]
     out: Option<PathBuf>,
     /// Whatever the ending
@@ -47,9 +48,9 @@ enum Format {
 impl Format {
     /// By the ending of the file.
     fn of(path: Option<&Path>) -> Format {
-        let ending = path.and_then(Path::extension).map(std::ffi::OsStr::to_ascii_lowercase);
-        match ending {
-            Some(ending) if ending == "html" || ending == "htm" => Format::Html,
+        match path.and_then(format::Format::by_ending) {
+            Some(format::Format::Html) => Format::Html,
+            Some(format::Format::Json) => Format::Json,
             _ => Format::Markdown,
         }
     }

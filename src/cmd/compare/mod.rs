@@ -9,6 +9,7 @@ use anyhow::Context as _;
 use clap::ValueEnum;
 use rayon::prelude::*;
 
+use super::format::Format;
 use super::{bad_file, print, remark, usage};
 use crate::analysis::compare::{
     self, CellThreshold, Comparison, Declared, GROUPS, Metric, Rules, Sample, Settings, Thresholds, Verdict,
@@ -80,41 +81,6 @@ enum Inconclusive {
     Fail,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Format {
-    Table,
-    Json,
-    Markdown,
-    Html,
-}
-
-impl Format {
-    /// # Errors
-    /// When the ending of the file says nothing.
-    fn of(path: &Path) -> anyhow::Result<Format> {
-        let ending = path.extension().map(std::ffi::OsStr::to_ascii_lowercase);
-        match ending.as_deref().and_then(std::ffi::OsStr::to_str) {
-            Some("json") => Ok(Format::Json),
-            Some("md") => Ok(Format::Markdown),
-            Some("html" | "htm") => Ok(Format::Html),
-            Some("txt") => Ok(Format::Table),
-            _ => Err(usage(format!(
-                "--out is '{}', expected an ending .json, .md, .html or .txt",
-                path.display()
-            ))),
-        }
-    }
-
-    fn write(self, result: &Comparison) -> anyhow::Result<String> {
-        Ok(match self {
-            Format::Table => report::comparison_table(result),
-            Format::Json => report::comparison_json(result)?,
-            Format::Markdown => report::comparison_markdown(result),
-            Format::Html => report::comparison_page(result)?,
-        })
-    }
-}
-
 /// # Errors
 /// When a file is no record, or is one that says it is no measurement, or the command line makes no sense.
 pub fn run(args: Args) -> anyhow::Result<u8> {
@@ -138,14 +104,23 @@ pub fn run(args: Args) -> anyhow::Result<u8> {
     compare::align([&mut baseline, &mut candidate, &mut noise].into_iter().flatten());
     let result = compare::compare(&baseline, &candidate, &noise, &settings);
     for (path, format) in places {
-        record::write_atomically(path, format.write(&result)?.as_bytes())
+        record::write_atomically(path, written(&result, format)?.as_bytes())
             .with_context(|| format!("{}: cannot write the comparison", path.display()))?;
         remark(&format!("comparison: {}", path.display()));
     }
-    print(&args.format.write(&result)?)?;
+    print(&written(&result, args.format)?)?;
     Ok(match (result.verdict, args.inconclusive) {
         (Verdict::Inconclusive, Inconclusive::Pass) => 0,
         (verdict, _) => verdict.exit_code(),
+    })
+}
+
+fn written(result: &Comparison, format: Format) -> anyhow::Result<String> {
+    Ok(match format {
+        Format::Table => report::comparison_table(result),
+        Format::Json => report::comparison_json(result)?,
+        Format::Markdown => report::comparison_markdown(result),
+        Format::Html => report::comparison_page(result)?,
     })
 }
 

@@ -65,7 +65,7 @@ fn read_first(plan: &Plan) -> Section {
             "held-out time within 10 % inside what was measured and 20 % at its edge, energy within 10 %"
         }
         crate::analysis::calibrate::Grade::C => {
-            "worse than that, or nothing was held out, as of figures that others published"
+            "held-out errors above what a B allows, or nothing was held out, as of figures that others published"
         }
     };
     let blocks = vec![
