@@ -12,10 +12,11 @@ use std::path::Path;
 
 use planted::{LINEAR, Truth, decode_grid, prefill_grid, record, slow_down};
 use program::{fake_record, tokmeter};
+use serde_json::json;
 use tempfile::tempdir;
 use tokmeter::analysis::calibrate::{
-    Calibration, FittedLaw, Given, Grade, Law, Phase, Quantity, Term, calibrate, calibration_schema,
-    fit_groups, parse_calibration, read_calibration, read_rows,
+    Calibration, FittedLaw, Given, Grade, Law, Phase, Quantity, RowsForm, Term, calibrate,
+    calibration_schema, fit_groups, parse_calibration, read_calibration, read_rows,
 };
 use tokmeter::record::{ClockEvents, IdlePower, Maybe, MeteredDevice, Workload};
 
@@ -412,7 +413,7 @@ fn the_committed_schema_is_the_programs_and_the_committed_calibrations_follow_it
 
 #[test]
 fn the_published_calibrations_follow_from_the_committed_figures() {
-    let rows = read_rows(&repository("results/calibrations/tensorrt-llm-1.0.csv")).unwrap();
+    let rows = read_rows(&repository("results/calibrations/tensorrt-llm-1.0.csv"), RowsForm::Csv).unwrap();
     for (group, file, most_mape) in [
         ("h100/trtllm/Llama-3.3-70B/fp8/tp2", "h100-llama-3.3-70b-fp8", 0.06),
         ("h200/trtllm/Llama-3.3-70B/fp8/tp1", "h200-llama-3.3-70b-fp8", 0.08),
@@ -455,7 +456,7 @@ fn the_law_of_serving_is_recovered_from_rows() {
     }
     let path = folder.path().join("rows.csv");
     std::fs::write(&path, text).unwrap();
-    let fits = fit_groups(&read_rows(&path).unwrap(), &[]);
+    let fits = fit_groups(&read_rows(&path, RowsForm::Csv).unwrap(), &[]);
     let planted = [5e-3, 6e-5, 2e-9, 2e-5, 4e-3];
     for fit in fits {
         let law = fit.calibration.unwrap().laws[0].law.clone();
@@ -464,6 +465,45 @@ fn the_law_of_serving_is_recovered_from_rows() {
             assert!((found / planted - 1.0).abs() < 1e-6, "{}: {found} {planted}", fit.group.name());
         }
     }
+}
+
+/// The same of InferenceX's rows, whose throughput is that of one GPU; what is another system is not taken.
+#[test]
+fn the_law_of_serving_is_recovered_from_inferencex_rows() {
+    let folder = tempdir().unwrap();
+    let mut rows = Vec::new();
+    for (isl, osl) in [(1024.0, 1024.0), (8192.0, 1024.0), (1024.0, 8192.0)] {
+        for conc in [4.0, 8.0, 16.0, 32.0, 64.0] {
+            let tpot_s = 5e-3 + 6e-5 * conc + 2e-9 * conc * (isl + osl / 2.0) + 2e-5 * conc * isl / osl;
+            let row = |disagg: bool, slower: f64| {
+                json!({
+                    "hw": "h200", "framework": "trt", "model": "meta-llama/Llama-3.3-70B-Instruct", "precision": "fp8",
+                    "isl": isl, "osl": osl, "conc": conc, "tp": 4, "ep": 1, "dp_attention": "false",
+                    "spec_decoding": "none", "disagg": disagg, "is_multinode": false,
+                    "output_tput_per_gpu": conc / (tpot_s * slower) / 4.0,
+                })
+            };
+            rows.extend([row(false, 1.0), row(true, 3.0)]);
+        }
+    }
+    let path = folder.path().join("agg_bmk.json");
+    let write =
+        |rows: &[serde_json::Value]| std::fs::write(&path, serde_json::to_vec(rows).unwrap()).unwrap();
+    write(&rows);
+    let fits = fit_groups(&read_rows(&path, RowsForm::InferenceX).unwrap(), &[]);
+    assert_eq!((fits.len(), fits[0].points, fits[0].group.gpus), (1, 15, 4));
+    assert_eq!(fits[0].group.name(), "h200/trt/Llama-3.3-70B-Instruct/fp8/tp4-pp1-ep1");
+    let law = &fits[0].calibration.as_ref().unwrap().laws[0].law;
+    for (found, planted) in law.values().iter().zip([5e-3, 6e-5, 2e-9, 2e-5]) {
+        assert!((found / planted - 1.0).abs() < 1e-6, "{found} {planted}");
+    }
+    rows[4]["output_tput_per_gpu"] = json!(-1.0);
+    write(&rows);
+    let error = format!("{:#}", read_rows(&path, RowsForm::InferenceX).unwrap_err());
+    assert!(error.contains("row 5: output_tput_per_gpu is '-1.0', expected a number above 0"), "{error}");
+    std::fs::write(&path, "{\"hw\": ").unwrap();
+    let error = format!("{:#}", read_rows(&path, RowsForm::InferenceX).unwrap_err());
+    assert!(error.contains("agg_bmk.json: is no table of serving rows"), "{error}");
 }
 
 fn repository(path: &str) -> std::path::PathBuf {

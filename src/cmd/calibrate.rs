@@ -6,7 +6,9 @@ use anyhow::Context as _;
 use clap::ValueEnum;
 
 use super::{FAILED, bad_file, print, remark, usage};
-use crate::analysis::calibrate::{Calibration, Given, GroupFit, Refusal, calibrate, fit_groups, read_rows};
+use crate::analysis::calibrate::{
+    Calibration, Given, GroupFit, Refusal, RowsForm, calibrate, fit_groups, read_rows,
+};
 use crate::record::{check_place, read, write_atomically};
 use crate::{analysis, report};
 
@@ -19,14 +21,16 @@ use crate::{analysis, report};
     tokmeter run --device cuda:0 --suite calibration -o r.json\n  \
     tokmeter calibrate r.json --out calibration.json\n  \
     tokmeter calibrate --from csv rows.csv                        one line for each published group\n  \
-    tokmeter calibrate --from csv rows.csv --group h200/ --out h200.json\n\n\
+    tokmeter calibrate --from csv rows.csv --group h200/ --out h200.json\n  \
+    tokmeter calibrate --from inferencex agg_bmk.json\n\n\
     Exit codes: 0 fitted, 1 refused, 2 usage, 3 a file is unreadable or of another format"
 )]
 pub struct Args {
-    /// Record files, or with --from csv one file of published serving rows
+    /// Record files, or with --from csv or inferencex one file of published serving rows
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
-    /// What the files are: records, or published rows (the plain form of PLANNING.md, or aiconfigurator's silicon sample)
+    /// What the files are: records, or published rows (csv: the plain form of PLANNING.md, or
+    /// aiconfigurator's silicon sample; inferencex: its agg_bmk.json)
     #[arg(long, value_enum, default_value_t = From::Records)]
     from: From,
     /// Of published rows: the one group whose name begins so
@@ -47,6 +51,8 @@ pub struct Args {
 enum From {
     Records,
     Csv,
+    #[value(name = "inferencex")]
+    InferenceX,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -74,14 +80,16 @@ pub fn run(args: Args) -> anyhow::Result<u8> {
                 .collect::<anyhow::Result<Vec<_>>>()?;
             conclude(calibrate(&given, command), &args)
         }
-        From::Csv => {
-            let [file] = args.files.as_slice() else {
-                return Err(usage(format!("--from csv takes one file, got {}", args.files.len())));
-            };
-            let fits = fit_groups(&read_rows(file).map_err(bad_file)?, &command);
-            published(fits, &args)
-        }
+        From::Csv => from_rows(&args, RowsForm::Csv, "csv", &command),
+        From::InferenceX => from_rows(&args, RowsForm::InferenceX, "inferencex", &command),
     }
+}
+
+fn from_rows(args: &Args, form: RowsForm, name: &str, command: &[String]) -> anyhow::Result<u8> {
+    let [file] = args.files.as_slice() else {
+        return Err(usage(format!("--from {name} takes one file, got {}", args.files.len())));
+    };
+    published(fit_groups(&read_rows(file, form).map_err(bad_file)?, command), args)
 }
 
 /// The program's arguments, with files by their names: where they lay is nobody's business.

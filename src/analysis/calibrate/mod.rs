@@ -18,7 +18,7 @@ pub use file::{
 pub use ladder::PowerStep;
 pub use law::{CONFIDENCE, Coefficient, Forecast, Law, Range};
 pub use load::{Load, Phase, Term};
-pub use published::{Group, GroupFit, Rows, fit_groups, read_rows};
+pub use published::{Group, GroupFit, Rows, RowsForm, fit_groups, read_rows};
 
 use std::collections::BTreeSet;
 

@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::{Context as _, bail};
+use serde_json::Value;
 
 use super::file::{Basis, CALIBRATION_SCHEMA, Calibration, Grade, Quantity, Source, Subject};
 use super::law::{Law, Points};
@@ -79,12 +80,19 @@ pub struct GroupFit {
     pub calibration: Result<Calibration, Refusal>,
 }
 
-/// Reads rows of the plain form (its header is documented in PLANNING.md), or of aiconfigurator's `silicon_sample.csv`,
-/// whose columns tell it.
-///
+/// How a file holds its rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RowsForm {
+    /// The plain form (its header is documented in PLANNING.md), or aiconfigurator's `silicon_sample.csv`, whose columns
+    /// tell it.
+    Csv,
+    /// InferenceX's `agg_bmk.json`: one row, or a list of them.
+    InferenceX,
+}
+
 /// # Errors
-/// Names the file, the line and the column.
-pub fn read_rows(path: &Path) -> anyhow::Result<Rows> {
+/// Names the file, the line or row, and the column.
+pub fn read_rows(path: &Path, form: RowsForm) -> anyhow::Result<Rows> {
     let read = || {
         let size_bytes = std::fs::metadata(path)?.len();
         if size_bytes > LARGEST_FILE_BYTES {
@@ -93,7 +101,11 @@ pub fn read_rows(path: &Path) -> anyhow::Result<Rows> {
         let text = std::fs::read_to_string(path)?;
         let sha256 = hex(&<sha2::Sha256 as sha2::Digest>::digest(&text));
         let file = path.file_name().map_or(String::new(), |name| name.to_string_lossy().into_owned());
-        Ok(Rows { file, sha256, groups: parse(&text)? })
+        let groups = match form {
+            RowsForm::Csv => parse(&text)?,
+            RowsForm::InferenceX => inferencex_rows(&text)?,
+        };
+        Ok(Rows { file, sha256, groups })
     };
     read().with_context(|| format!("{}: is no table of serving rows", path.display()))
 }
@@ -229,7 +241,63 @@ fn silicon_row(fields: &Fields<'_>) -> anyhow::Result<Option<(Group, Row)>> {
     Ok(Some((group, Row { load, seconds: fields.number("silicon_tpot_ms")? / 1e3, source })))
 }
 
-/// The sample does not say which models are dense; of its models these are.
+/// InferenceX's rows of one node that prefills and decodes. Rows of disaggregated serving, of several nodes, and of
+/// speculative decoding are other systems and are not taken.
+fn inferencex_rows(text: &str) -> anyhow::Result<BTreeMap<Group, Vec<Row>>> {
+    let value: Value = serde_json::from_str(text)?;
+    let rows = match value {
+        Value::Array(rows) => rows,
+        row => vec![row],
+    };
+    let mut groups: BTreeMap<Group, Vec<Row>> = BTreeMap::new();
+    for (index, row) in rows.iter().enumerate() {
+        if let Some((group, row)) = inferencex_row(row).with_context(|| format!("row {}", index + 1))? {
+            groups.entry(group).or_default().push(row);
+        }
+    }
+    Ok(groups)
+}
+
+fn inferencex_row(row: &Value) -> anyhow::Result<Option<(Group, Row)>> {
+    let text = |name: &str| match &row[name] {
+        Value::String(text) => text.clone(),
+        Value::Null => String::new(),
+        other => other.to_string(),
+    };
+    let number = |name: &str| -> anyhow::Result<f64> {
+        match text(name).parse::<f64>() {
+            Ok(value) if value.is_finite() && value > 0.0 => Ok(value),
+            _ => bail!("{name} is '{}', expected a number above 0", text(name)),
+        }
+    };
+    let is_set =
+        |name: &str| !matches!(text(name).to_ascii_lowercase().as_str(), "" | "false" | "0" | "none");
+    if ["disagg", "is_multinode", "spec_decoding"].into_iter().any(is_set) {
+        return Ok(None);
+    }
+    let width = |name: &str| text(name).parse::<u32>().unwrap_or(0).max(1);
+    let gpus = width("tp").saturating_mul(width("pp"));
+    let concurrency = number("conc")?;
+    let load = Load::Serving { concurrency, isl: number("isl")?, osl: number("osl")? };
+    let model = text("model");
+    let attention = if is_set("dp_attention") { "-dpa" } else { "" };
+    let group = Group {
+        system: text("hw"),
+        gpus,
+        engine: text("framework"),
+        precision: text("precision"),
+        parallelism: format!("tp{}-pp{}-ep{}{attention}", width("tp"), width("pp"), width("ep")),
+        has_experts: !is_dense(&model),
+        model,
+    };
+    if let Some(name) = [&group.system, &group.model].into_iter().position(String::is_empty) {
+        bail!("{} is missing, expected a name", ["hw", "model"][name]);
+    }
+    let seconds = concurrency / (number("output_tput_per_gpu")? * f64::from(gpus));
+    Ok(Some((group, Row { load, seconds, source: "InferenceX".to_owned() })))
+}
+
+/// Neither sample says which models are dense; of their models these are.
 fn is_dense(model: &str) -> bool {
     ["Llama-3", "Qwen3-32B"].iter().any(|name| model.contains(name))
 }
