@@ -6,8 +6,9 @@
 
 /// Waits until the grids before this one have ended and their writes are visible.
 inline void pdl_wait(HERE) { emu::wait_for_producer(at); }
-/// The grid after this one may start (it still waits before it reads what this one writes).
-inline void pdl_launch() {}
+/// The grid after this one may start as soon as one thread of each block has come here (it still waits before it reads
+/// what this one writes).
+inline void pdl_launch() { emu::launch_dependents(); }
 
 inline float widen_f16(u16 bits) { return emu::f16_to_f32(bits); }
 template <class T> u32 pack(float low, float high);
@@ -21,7 +22,11 @@ inline Vec16 load128_l2(const void* p, HERE) { return load128(p, at); }
 inline void store128(void* p, Vec16 v, HERE) { emu::need_aligned(p, 16, at, "128-bit store"); *static_cast<Vec16*>(p) = v; }
 inline Vec16 shared_load128(const void* p, HERE) { return load128(p, at); }
 inline float load_l2(const float* p) { return *p; }
+inline void add_to(float* p, float x, HERE) { emu::reduce(p, x, at); }
 
+/// An address in shared memory, worked out once.
+typedef unsigned char* Shared;
+inline Shared shared_place(void* p) { return static_cast<Shared>(p); }
 inline void copy_async16(void* shared, const void* global, HERE) { emu::copy_async(shared, global, 16, at); }
 inline void copy_async16_or_zero(void* shared, const void* global, bool valid, HERE) { emu::copy_async(shared, global, valid ? 16 : 0, at); }
 inline void copy_commit() { emu::copy_commit(); }
@@ -92,11 +97,21 @@ DEVICE float load_l2(const float* p) {
     asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(x) : "l"(p) : "memory");
     return x;
 }
+/// Adds x without reading back. One grid adds to a value at most once, so that the order of sums is fixed.
+DEVICE void add_to(float* p, float x) { asm volatile("red.global.add.f32 [%0], %1;" ::"l"(p), "f"(x) : "memory"); }
 DEVICE void store128(void* p, Vec16 v) {
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.word[0]), "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3]) : "memory");
 }
 
 DEVICE u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
+/// An address in shared memory, worked out once: the compiler would derive it from the block's place in its cluster anew
+/// wherever it is used.
+typedef u32 Shared;
+DEVICE Shared shared_place(void* p) {
+    Shared place;
+    asm volatile("mov.u32 %0, %1;" : "=r"(place) : "r"(shared_address(p)));
+    return place;
+}
 DEVICE Vec16 shared_load128(const void* p) {
     Vec16 v;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3]) : "r"(shared_address(p)) : "memory");
@@ -106,16 +121,18 @@ DEVICE void copy_async16(void* shared, const void* global) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
 }
 /// Sixteen bytes, or zeros without reading.
-DEVICE void copy_async16_or_zero(void* shared, const void* global, bool valid) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(valid ? 16 : 0) : "memory");
+DEVICE void copy_async16_or_zero(Shared shared, const void* global, bool valid) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(valid ? 16 : 0) : "memory");
 }
+DEVICE void copy_async16_or_zero(void* shared, const void* global, bool valid) { copy_async16_or_zero(shared_address(shared), global, valid); }
 DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 /// All but the newest PENDING groups of this thread have landed; other threads see them after a barrier.
 template <int PENDING> DEVICE void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
 
-DEVICE void ldmatrix_x4(u32 (&r)[4], const void* row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+DEVICE void ldmatrix_x4(u32 (&r)[4], Shared row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row) : "memory");
 }
+DEVICE void ldmatrix_x4(u32 (&r)[4], const void* row) { ldmatrix_x4(r, shared_address(row)); }
 DEVICE void ldmatrix_x4_transposed(u32 (&r)[4], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
 }

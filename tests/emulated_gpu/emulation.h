@@ -2,7 +2,9 @@
 // One fiber per CUDA thread; a fiber runs until it must wait, then the next one does, in an order that EMU_ORDER sets
 // (forward, reverse, or a seed that shuffles). Everything starts poisoned with NaN; a copy that was not waited for is
 // NaN; lanes that meet at different lines, threads that left before a barrier, misaligned vectors and deadlocks are
-// reported at the kernel's line. Owns no streams and no driver API: those are in driver.cpp.
+// reported at the kernel's line. A grid launched with PDL begins as early as it may: when one thread of each block of the
+// grid before has triggered it. A reduction lands when its grid has ended, and two to one value are reported: their order
+// would not be fixed. Owns no streams and no driver API: those are in driver.cpp.
 #pragma once
 #include <sys/mman.h>
 
@@ -17,6 +19,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -185,6 +188,7 @@ struct Block {
     std::vector<Fiber> fibers;
     std::vector<Warp> warps;
     unsigned slow_warp = ~0u;  // in shuffled orders: one that rarely gets its turn
+    bool triggered = false;    // its dependents may begin
     size_t arrived = 0, left = 0;
     uint64_t generation = 0;
     Site barrier{"", 0};
@@ -222,16 +226,24 @@ inline void maybe_yield() {
     }
 }
 
+struct Reduction {
+    float* to;
+    float value;
+    Site at;
+};
 /// A grid on its way: blocks that are resident, blocks to come.
 struct Run {
     Launch launch;
+    size_t untriggered;               // blocks that have neither triggered their dependents nor left
+    std::function<void()> dependent;  // lets the next grid begin; empty once it has
+    std::vector<Reduction> reductions;
     std::vector<unsigned> blocks;
     size_t next = 0;
     std::vector<unsigned> turns;  // of all threads of the resident blocks
     std::vector<std::unique_ptr<Block>> resident;
     uint64_t released = 0;  // 1 once the producer has ended
 
-    explicit Run(Launch what) : launch(std::move(what)) {
+    explicit Run(Launch what) : launch(std::move(what)), untriggered(launch.grid.count()) {
         blocks = order().first(launch.grid.count());
         fill();
     }
@@ -259,9 +271,17 @@ struct Run {
     void finish() {
         released = 1;
         if (resident.empty()) fill();
+        trigger();
         prologue();
         if (!resident.empty()) deadlock();
+        reduce();
     }
+    void trigger() {
+        if (untriggered || !dependent) return;
+        std::exchange(dependent, nullptr)();
+        moved = true;
+    }
+    void reduce();
     [[noreturn]] void deadlock();
 };
 
@@ -335,6 +355,7 @@ inline bool Run::pass() {
             fiber.gate = nullptr;
             current = &fiber;
             switch_to(scheduler, fiber.context);
+            trigger();
         }
     };
     every_turn();
@@ -345,12 +366,14 @@ inline bool Run::pass() {
     moved |= held_back;
     for (size_t b = 0; b < resident.size();) {
         if (resident[b]->left == resident[b]->fibers.size()) {
+            untriggered -= !resident[b]->triggered;
             close(*resident[b]);
             resident.erase(resident.begin() + long(b));
         } else {
             b++;
         }
     }
+    trigger();
     if (released && fill()) moved = true;  // before its producer has ended only the first blocks are resident
     return moved;
 }
@@ -384,16 +407,33 @@ inline void Run::deadlock() {
     abort();
 }
 
-/// Runs grids one after another as a stream does; the first part of one launched with PDL runs before its predecessor.
+inline void Run::reduce() {
+    auto before = [](const Reduction& a, const Reduction& b) { return a.to < b.to; };
+    std::sort(reductions.begin(), reductions.end(), before);
+    for (size_t i = 0; i < reductions.size(); i++) {
+        if (i && reductions[i].to == reductions[i - 1].to) {
+            fprintf(stderr, "emulated GPU: %s:%d: two reductions to one value, in %s\n", reductions[i].at.file, reductions[i].at.line, launch.name.c_str());
+            fflush(stderr);
+            abort();
+        }
+        *reductions[i].to += reductions[i].value;
+    }
+    reductions.clear();
+}
+
+/// Runs grids one after another as a stream does; the first part of one launched with PDL runs as early as it may.
 inline void run(std::vector<Launch> launches) {
-    std::unique_ptr<Run> waiting;
+    std::unique_ptr<Run> now, next;
     for (size_t i = 0; i < launches.size(); i++) {
-        std::unique_ptr<Run> now = waiting ? std::move(waiting) : std::make_unique<Run>(launches[i]);
+        if (!now) now = std::make_unique<Run>(launches[i]);
         if (i + 1 < launches.size() && launches[i + 1].pdl) {
-            waiting = std::make_unique<Run>(launches[i + 1]);
-            waiting->prologue();
+            now->dependent = [&launches, &next, i] {
+                next = std::make_unique<Run>(launches[i + 1]);
+                next->prologue();
+            };
         }
         now->finish();
+        now = std::move(next);
     }
 }
 
@@ -487,6 +527,21 @@ inline void copy_wait(unsigned pending) {
     }
     me.copies.erase(me.copies.begin(), me.copies.begin() + long(landed));
     me.committed -= landed;
+}
+
+/// The first thread of a block to come here counts for the block; others of it may be anywhere.
+inline void launch_dependents() {
+    Block& block = *current->block;
+    if (std::exchange(block.triggered, true) || --block.run->untriggered) return;
+    current->gate = nullptr;
+    moved = true;
+    switch_to(current->context, scheduler);
+}
+
+inline void reduce(float* to, float value, Site at) {
+    need_aligned(to, 4, at, "reduction");
+    current->block->run->reductions.push_back({to, value, at});
+    maybe_yield();
 }
 
 inline void wait_for_producer(Site at) {

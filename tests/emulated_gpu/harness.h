@@ -95,6 +95,7 @@ inline void launch(const char* name, emu::Dim grid, unsigned threads, size_t sha
         memset(input.address, emu::POISON, input.bytes);
     }
     emu::Launch producer{"producer", {1}, {1}, 0, false, [&] {
+        pdl_launch();
         for (size_t i = 0; i < inputs.size(); i++) memcpy(inputs[i].address, contents[i].data(), inputs[i].bytes);
     }};
     emu::run({producer, emu::Launch{name, grid, {threads}, shared, true, std::move(body)}});

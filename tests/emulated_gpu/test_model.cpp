@@ -46,6 +46,7 @@ void refusals() {
     });
     must_refuse("misaligned vector", __LINE__, "misaligned", [] { go(32, [] { DYNAMIC_SHARED(shared); load128(shared + 8); }); });
     must_refuse("misaligned copy", __LINE__, "misaligned", [] { go(32, [] { DYNAMIC_SHARED(shared); alignas(16) static char from[32]; copy_async16(shared, from + 2); }); });
+    must_refuse("two reductions to one value", __LINE__, "two reductions to one value", [] { static float x = 0; go(1, [] { add_to(&x, 1.0f); }); });
     must_refuse("waiting for a warp that left", __LINE__, "deadlock", [] { go(32, [] { if (threadIdx.x < 31) __syncwarp(); }); });
 #if defined(__SANITIZE_ADDRESS__)
     must_refuse("past the end of global memory", __LINE__, "heap-buffer-overflow", [] { Buffer<float> x(8); go(32, [&] { x.get()[threadIdx.x] = 1.0f; }); });
@@ -105,14 +106,28 @@ void copies_and_poison() {
         seen[2] = x[4];
     });
     same("cp.async", 0, seen[0] == from[0] && seen[1] != seen[1] && seen[2] == from[4], 1);
-    current_case() = "PDL: what comes before the wait runs before the producer";
-    int value = 1, before = 0, after = 0;
-    emu::run({emu::Launch{"producer", {1}, {32}, 0, false, [&] { value = 2; }}, emu::Launch{"consumer", {1}, {32}, 0, true, [&] {
-        before = value;
-        pdl_wait();
-        after = value;
-    }}});
-    same("PDL", 0, before * 10 + after, 12);
+    current_case() = "PDL: a grid begins as early as one thread of each block before it allows";
+    const char* names[] = {"trigger first", "trigger after one store", "trigger after a barrier", "no trigger"};
+    for (int way = 0; way < 4; way++) {
+        int stored[64] = {}, before = 0, after = 0;
+        emu::run({emu::Launch{"producer", {2}, {32}, 0, false, [&] {
+            if (way == 0) pdl_launch();
+            stored[blockIdx.x * 32 + threadIdx.x] = 1;
+            if (way == 1) pdl_launch();
+            __syncthreads();
+            if (way == 2) pdl_launch();
+        }}, emu::Launch{"consumer", {1}, {1}, 0, true, [&] {
+            for (int one : stored) before += one;
+            pdl_wait();
+            for (int one : stored) after += one;
+        }}});
+        const bool right[] = {before < 64, before < 64, before == 64, before == 64};
+        same(names[way], 0, right[way] * 100 + after, 164);
+    }
+    current_case() = "a reduction lands when its grid has ended";
+    float sum = 1.0f, within = 0.0f;
+    emu::run({emu::Launch{"adds", {1}, {1}, 0, false, [&] { add_to(&sum, 2.0f), within = sum; }}});
+    same("reduction", 0, within == 1.0f && sum == 3.0f, 1);
 }
 
 void cases() { refusals(), matrices(), copies_and_poison(); }
