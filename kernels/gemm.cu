@@ -3,16 +3,17 @@
 //   rows first, and F stands for N everywhere below
 // gemm_tiled_T_E: any M. Grid (ceil(N / 128) or ceil(F / 64), ceil(M / 128)), block 256, no dynamic shared memory.
 //   workspace and tickets are not used. The order of sums does not depend on M, N or the grid.
-// gemm_stream_T_E: M <= 64, bound by the bytes of w. Grid: any number of blocks (SMs * 2 fill sm_80, 90 and 100, SMs
-//   elsewhere), block 256, dynamic shared memory 4 * (16384 + 128 P) bytes, P = M rounded up to 8, 16, 32 or 64.
+// gemm_stream_T_E_P: M <= P, P = 8, 16, 32 or 64, bound by the bytes of w. Grid: any number of blocks (SMs * 2 fill sm_80,
+//   90 and 100, SMs elsewhere), block 256, dynamic shared memory 4 * (16384 + 128 P) bytes.
 //   workspace f32 [2 grid 128 P] · tickets i32 [ceil(N / 128) or ceil(F / 64)], zero before and after.
 //   Every block takes the same number of units (128 rows of w by 64 columns), running through tiles of 128 rows; a tile
 //   that several blocks share is summed by the last of them, in the blocks' order. The order of sums depends on the
-//   grid, N and K, not on M. Bytes: 2 N K + (N / 128) 2 M K from L2; flops 2 M N K.
+//   grid, N and K, not on M or P. Bytes: 2 N K + (N / 128) 2 M K from L2; flops 2 M N K.
+//   An entry of its own for each P, because registers are given by the largest path in an entry: up to P = 32 a block
+//   fits beside two blocks of attention_decode and fetches its weights while they run.
 //
-// Weight rows are the mma's M, tokens its N (8 each). The order of k within a product is free, so it is chosen such that
-// sixteen consecutive bytes of a row are exactly one thread's fragments of two mma: no reordering of w is stored.
-// `WeightFragments` is the only part that knows how weights are stored.
+// Weight rows are the mma's M, tokens its N (8 each). `multiply` is the only part of either that knows how weights are
+// stored.
 #include "common.cuh"
 
 enum Epilogue { STORE_F32, RESIDUAL, SILU };
@@ -22,7 +23,7 @@ template <Epilogue E, class T>
 DEVICE void finish(void* y, int m, int n, int N, float value, float up) {
     const u64 at = u64(m) * N + n;
     if constexpr (E == STORE_F32) static_cast<float*>(y)[at] = value;
-    if constexpr (E == RESIDUAL) static_cast<float*>(y)[at] += value;
+    if constexpr (E == RESIDUAL) add_to(static_cast<float*>(y) + at, value);
     if constexpr (E == SILU) static_cast<T*>(y)[at] = from_f32<T>(silu(value) * up);
 }
 
@@ -142,8 +143,9 @@ namespace stream {
 constexpr int ROWS = 128, COLUMNS = 64, STAGES = 4;
 constexpr int WEIGHT_BYTES = ROWS * COLUMNS * 2;
 
-/// Place of a 16-byte chunk (0..7) of a row of 128 bytes: a quarter warp reads four chunks of two rows, all banks once.
-DEVICE int place(int row, int chunk) { return row * 128 + ((chunk ^ ((row & 1) << 2)) << 4); }
+/// Place of a 16-byte chunk (0..7) of a row of 128 bytes: eight rows of one chunk fall into different banks. Rows that
+/// are a multiple of eight apart differ by 128 bytes a row.
+DEVICE int place(int row, int chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
 
 /// Row of w that is row `r` of a tile; -1 beyond the end. With SILU, rows 0..7 of sixteen are gate rows and 8..15 the
 /// up rows of the same features, so that one thread holds both.
@@ -157,20 +159,6 @@ DEVICE int weight_row(int tile, int r, int N) {
     return row < N ? row : -1;
 }
 
-/// The weight side of two mma: sixteen rows of w by 32 columns, from a stage in shared memory.
-template <class T>
-struct WeightFragments {
-    u32 first[4], second[4];
-
-    DEVICE WeightFragments(const unsigned char* stage, int row, int block) {
-        const int lane = threadIdx.x % 32, g = lane >> 2, t = lane & 3;
-        const Vec16 upper = shared_load128(stage + place(row + g, block * 4 + t));
-        const Vec16 lower = shared_load128(stage + place(row + g + 8, block * 4 + t));
-        first[0] = upper.word[0], first[1] = lower.word[0], first[2] = upper.word[1], first[3] = lower.word[1];
-        second[0] = upper.word[2], second[1] = lower.word[2], second[2] = upper.word[3], second[3] = lower.word[3];
-    }
-};
-
 /// How the units of all tiles, laid one after another, are dealt to the blocks. No block that takes part is without one.
 struct Deal {
     int steps;  // units of one tile
@@ -181,25 +169,45 @@ struct Deal {
     DEVICE int owner(int unit) const { return int(((u64(unit) + 1) * blocks - 1) / units); }
 };
 
-template <Epilogue E, class T>
-DEVICE void load_weights(unsigned char* stage, const T* w, int N, int K, int tile, int step) {
-#pragma unroll
-    for (int i = 0; i < ROWS * 8 / 256; i++) {
-        const int r = (threadIdx.x >> 3) + i * 32, chunk = threadIdx.x & 7, k = step * COLUMNS + chunk * 8;
-        const int row = weight_row<E>(tile, r, N);
-        const bool valid = row >= 0 && k < K;
-        copy_async16_or_zero(stage + place(r, chunk), valid ? w + u64(row) * K + k : w, valid);
-    }
-}
+/// This thread's copies: one 16-byte chunk of every 32nd row of a tile of w, and of every 32nd token. What changes only
+/// from tile to tile is worked out in `begin_tile`; a unit adds its column.
+template <Epilogue E, class T, int TOKENS>
+struct Copies {
+    static constexpr int EACH = ROWS / 32, TOKENS_EACH = (TOKENS + 31) / 32;
+    /// Rows of w from one of this thread's to the next: with SILU, half of 32 rows of a tile are up rows.
+    static constexpr int APART = E == SILU ? 16 : 32;
 
-template <class T, int TOKENS>
-DEVICE void load_tokens(unsigned char* stage, const T* a, int M, int K, int step) {
-    for (int i = threadIdx.x; i < TOKENS * 8; i += 256) {
-        const int m = i >> 3, chunk = i & 7, k = step * COLUMNS + chunk * 8;
-        const bool valid = m < M && k < K;
-        copy_async16_or_zero(stage + place(m, chunk), valid ? a + u64(m) * K + k : a, valid);
+    const T *tokens, *weights;  // column 0 of this thread's chunk in its first token, and in the tile's first row
+    int tokens_left, rows_left;  // how many of them exist
+    int to;                      // where they go in a stage
+
+    DEVICE static int row() { return threadIdx.x >> 3; }
+    DEVICE static int chunk() { return threadIdx.x & 7; }
+
+    DEVICE Copies(const T* a, int M, int K)
+        : tokens(a + u64(row()) * K + chunk() * 8), tokens_left((M - row() + 31) / 32), to(place(row(), chunk())) {}
+
+    DEVICE void begin_tile(const T* w, int tile, int N, int K) {
+        const int first = E == SILU ? tile * 64 + (row() >> 4) * 8 + (row() & 7) : tile * ROWS + row();
+        weights = w + u64(first + (E == SILU && (row() & 8) ? N : 0)) * K + chunk() * 8;
+        rows_left = (N - first + APART - 1) / APART;
     }
-}
+    DEVICE void load_weights(Shared stage, int step, int K) const {
+        const int exist = step * COLUMNS + chunk() * 8 < K ? rows_left : 0;
+        const T* from = weights + step * COLUMNS;
+#pragma unroll
+        for (int i = 0; i < EACH; i++) copy_async16_or_zero(stage + to + i * 32 * 128, from + u64(i * APART) * K, i < exist);
+    }
+    DEVICE void load_tokens(Shared stage, int step, int K) const {
+        if (TOKENS < 32 && row() >= TOKENS) return;
+        const int exist = step * COLUMNS + chunk() * 8 < K ? tokens_left : 0;
+        const T* from = tokens + step * COLUMNS;
+#pragma unroll
+        for (int i = 0; i < TOKENS_EACH; i++) {
+            copy_async16_or_zero(stage + WEIGHT_BYTES + to + i * 32 * 128, from + u64(i * 32) * K, i < exist);
+        }
+    }
+};
 
 /// TOKENS = 8, 16, 32, 64. Warps split the tile's rows, and at 64 tokens also the tokens in halves.
 template <Epilogue E, class T, int TOKENS>
@@ -220,23 +228,25 @@ struct Stream {
     DEVICE static int first_row() { return int(threadIdx.x / 32) / TOKEN_WARPS * ROW_TILES * 16; }
     DEVICE static int first_token() { return int(threadIdx.x / 32) % TOKEN_WARPS * TOKEN_TILES * 8; }
 
-    DEVICE void multiply(const unsigned char* stage) {
-        const int lane = threadIdx.x % 32;
-        const unsigned char* tokens = stage + WEIGHT_BYTES;
+    /// What this lane reads of a stage, for ldmatrix: sixteen rows of w by 16 columns, and eight tokens by 32 columns, both
+    /// at column 0. Column c is at the same place with its chunk's bits flipped: `place ^ c * 2`.
+    DEVICE static int weight_place() { return place(first_row() + int(threadIdx.x & 15), int(threadIdx.x >> 4) & 1); }
+    DEVICE static int token_place() { return WEIGHT_BYTES + place(first_token() + int(threadIdx.x & 7), int(threadIdx.x >> 3) & 3); }
+
+    DEVICE void multiply(Shared stage, int weight_at, int token_at) {
 #pragma unroll
-        for (int block = 0; block < COLUMNS / 32; block++) {
-            Vec16 b[TOKEN_TILES];
+        for (int k = 0; k < COLUMNS; k += 32) {
+            u32 b[TOKEN_TILES][4];
 #pragma unroll
-            for (int j = 0; j < TOKEN_TILES; j++) {
-                b[j] = shared_load128(tokens + place(first_token() + j * 8 + (lane >> 2), block * 4 + (lane & 3)));
-            }
+            for (int j = 0; j < TOKEN_TILES; j++) ldmatrix_x4(b[j], stage + (token_at ^ k * 2) + j * 8 * 128);
 #pragma unroll
-            for (int i = 0; i < ROW_TILES; i++) {
-                const WeightFragments<T> weight(stage, first_row() + i * 16, block);
+            for (int half = 0; half < 2; half++) {
 #pragma unroll
-                for (int j = 0; j < TOKEN_TILES; j++) {
-                    mma16816<T>(sum[i][j], weight.first, {b[j].word[0], b[j].word[1]});
-                    mma16816<T>(sum[i][j], weight.second, {b[j].word[2], b[j].word[3]});
+                for (int i = 0; i < ROW_TILES; i++) {
+                    u32 weights[4];
+                    ldmatrix_x4(weights, stage + (weight_at ^ (k + half * 16) * 2) + i * 16 * 128);
+#pragma unroll
+                    for (int j = 0; j < TOKEN_TILES; j++) mma16816<T>(sum[i][j], weights, {b[j][half * 2], b[j][half * 2 + 1]});
                 }
             }
         }
@@ -264,11 +274,9 @@ struct Stream {
         SHARED(int, arrived, 1);
         const int tile_begin = tile * deal.steps;
         const int first = deal.owner(tile_begin), last = deal.owner(tile_begin + deal.steps - 1);
-        // A block has at most two shared tiles: the one it begins inside of (part 0) and the one it ends in (part 1).
-        auto part = [&](int block) {
-            const int which = deal.begin(block) > tile_begin ? 0 : 1;
-            return workspace + u64(2 * block + which) * (ROWS * TOKENS) + threadIdx.x;
-        };
+        // A block has at most two shared tiles: the one it begins inside of (part 0) and the one it ends in (part 1). Of a
+        // tile's blocks, all but the first begin inside of it.
+        auto part = [&](int block) { return workspace + u64(2 * block + (block == first)) * (ROWS * TOKENS) + threadIdx.x; };
         float* mine = part(blockIdx.x);
 #pragma unroll
         for (int i = 0; i < SUMS; i++) mine[i * 256] = sum[i / (TOKEN_TILES * 4)][i / 4 % TOKEN_TILES][i % 4];
@@ -280,53 +288,67 @@ struct Stream {
         __threadfence();
         if (threadIdx.x == 0) tickets[tile] = 0;
         clear();
-        for (int block = first; block <= last; block++) {
-            const float* theirs = part(block);
+        // Several parts are on their way at a time, as many as registers hold; they are summed in the blocks' order.
+        constexpr int GROUP = SUMS >= 16 ? 1 : 32 / SUMS;
+        for (int block = first; block <= last; block += GROUP) {
+            float theirs[GROUP][SUMS];
 #pragma unroll
-            for (int i = 0; i < SUMS; i++) sum[i / (TOKEN_TILES * 4)][i / 4 % TOKEN_TILES][i % 4] += load_l2(theirs + i * 256);
+            for (int g = 0; g < GROUP; g++) {
+                const float* from = part(min(block + g, last));
+#pragma unroll
+                for (int i = 0; i < SUMS; i++) theirs[g][i] = load_l2(from + i * 256);
+            }
+#pragma unroll
+            for (int g = 0; g < GROUP; g++) {
+                if (block + g > last) break;
+#pragma unroll
+                for (int i = 0; i < SUMS; i++) sum[i / (TOKEN_TILES * 4)][i / 4 % TOKEN_TILES][i % 4] += theirs[g][i];
+            }
         }
         return true;
     }
 
     DEVICE void run(void* y, const T* a, const T* w, float* workspace, int* tickets, int M, int N, int K) {
-        DYNAMIC_SHARED(ring);
+        DYNAMIC_SHARED(memory);
+        const Shared ring = shared_place(memory);
         constexpr int TILE_COLUMNS = E == SILU ? 64 : ROWS;
         const Deal deal((N + TILE_COLUMNS - 1) / TILE_COLUMNS, (K + COLUMNS - 1) / COLUMNS);
         if (int(blockIdx.x) >= deal.blocks) return pdl_wait();
-        const int steps = deal.steps, begin = deal.begin(blockIdx.x), end = deal.begin(blockIdx.x + 1);
+        const int steps = deal.steps, begin = deal.begin(blockIdx.x), units = deal.begin(blockIdx.x + 1) - begin;
+        int tile = begin / steps, step = begin % steps;  // of the unit that is multiplied
 
+        Copies<E, T, TOKENS> copies(a, M, K);
+        int ahead = 0, next_tile = tile, next_step = step;  // the unit that is fetched
+        copies.begin_tile(w, tile, N, K);
+        auto advance = [&] {
+            ahead++;
+            if (++next_step == steps) next_step = 0, copies.begin_tile(w, ++next_tile, N, K);
+        };
         // Weights are nobody's output: they are on their way before the grid before this one has ended.
-        for (int s = 0; s < STAGES - 1; s++) {
-            const int unit = begin + s;
-            if (unit < end) load_weights<E>(ring + s * STAGE_BYTES, w, N, K, unit / steps, unit % steps);
-        }
+        for (int s = 0; s < STAGES - 1 && ahead < units; s++, advance()) copies.load_weights(ring + s * STAGE_BYTES, next_step, K);
         pdl_wait();
+        pdl_launch();
         for (int s = 0; s < STAGES - 1; s++) {
-            const int unit = begin + s;
-            if (unit < end) load_tokens<T, TOKENS>(ring + s * STAGE_BYTES + WEIGHT_BYTES, a, M, K, unit % steps);
+            if (s < units) copies.load_tokens(ring + s * STAGE_BYTES, (step + s) % steps, K);
             copy_commit();
         }
 
-        pdl_launch();
-
+        const int weight_at = weight_place(), token_at = token_place();
         clear();
-        int tile = begin / steps, step = begin % steps;
-        int next_tile = (begin + STAGES - 1) / steps, next_step = (begin + STAGES - 1) % steps;
         bool whole = step == 0;
-        for (int unit = begin, slot = 0; unit < end; unit++) {
+        for (int unit = 0; unit < units; unit++) {
             copy_wait<STAGES - 2>();
             __syncthreads();
-            if (unit + STAGES - 1 < end) {
-                unsigned char* free_stage = ring + (slot + STAGES - 1) % STAGES * STAGE_BYTES;
-                load_weights<E>(free_stage, w, N, K, next_tile, next_step);
-                load_tokens<T, TOKENS>(free_stage + WEIGHT_BYTES, a, M, K, next_step);
+            if (ahead < units) {
+                const Shared free_stage = ring + u32(ahead) % STAGES * STAGE_BYTES;
+                copies.load_weights(free_stage, next_step, K);
+                copies.load_tokens(free_stage, next_step, K);
+                advance();
             }
             copy_commit();
-            if (++next_step == steps) next_step = 0, next_tile++;
-            multiply(ring + slot * STAGE_BYTES);
-            slot = (slot + 1) % STAGES;
+            multiply(ring + u32(unit) % STAGES * STAGE_BYTES, weight_at, token_at);
             step++;
-            if (step == steps || unit + 1 == end) {
+            if (step == steps || unit + 1 == units) {
                 whole = whole && step == steps;
                 if (whole || combine(workspace, tickets, tile, deal)) write(y, tile, M, N);
                 clear();
@@ -335,32 +357,23 @@ struct Stream {
         }
     }
 };
-
-template <Epilogue E, class T>
-DEVICE void gemm(void* y, const T* a, const T* w, float* workspace, int* tickets, int M, int N, int K) {
-    if (M <= 8) return Stream<E, T, 8>().run(y, a, w, workspace, tickets, M, N, K);
-    if (M <= 16) return Stream<E, T, 16>().run(y, a, w, workspace, tickets, M, N, K);
-    if (M <= 32) return Stream<E, T, 32>().run(y, a, w, workspace, tickets, M, N, K);
-    Stream<E, T, 64>().run(y, a, w, workspace, tickets, M, N, K);
-}
 }  // namespace stream
 
-#define GEMM(name, kind, blocks_an_sm, T, E, Y) \
+#define GEMM(name, blocks_an_sm, T, E, Y, body) \
     extern "C" __global__ void __launch_bounds__(256, blocks_an_sm) name(Y* y, const T* a, const T* w, float* workspace, int* tickets, int M, int N, int K) { \
-        kind(E, T); \
+        body; \
     }
-#define TILED(E, T) tiled::gemm<E, T>(y, a, w, M, N, K)
-#define STREAM(E, T) stream::gemm<E, T>(y, a, w, workspace, tickets, M, N, K)
+#define STREAM(name, T, E, Y, P) GEMM(name##_##P, P <= 32 ? 3 : 2, T, E, Y, (stream::Stream<E, T, P>().run(y, a, w, workspace, tickets, M, N, K)))
+#define BOTH(t, e, T, E, Y) \
+    GEMM(gemm_tiled_##t##_##e, 2, T, E, Y, (tiled::gemm<E, T>(y, a, w, M, N, K))) \
+    STREAM(gemm_stream_##t##_##e, T, E, Y, 8) \
+    STREAM(gemm_stream_##t##_##e, T, E, Y, 16) \
+    STREAM(gemm_stream_##t##_##e, T, E, Y, 32) \
+    STREAM(gemm_stream_##t##_##e, T, E, Y, 64)
 
-GEMM(gemm_tiled_bf16_store_f32, TILED, 2, Bf16, STORE_F32, float)
-GEMM(gemm_tiled_bf16_residual, TILED, 2, Bf16, RESIDUAL, float)
-GEMM(gemm_tiled_bf16_silu, TILED, 2, Bf16, SILU, Bf16)
-GEMM(gemm_tiled_f16_store_f32, TILED, 2, F16, STORE_F32, float)
-GEMM(gemm_tiled_f16_residual, TILED, 2, F16, RESIDUAL, float)
-GEMM(gemm_tiled_f16_silu, TILED, 2, F16, SILU, F16)
-GEMM(gemm_stream_bf16_store_f32, STREAM, 2, Bf16, STORE_F32, float)
-GEMM(gemm_stream_bf16_residual, STREAM, 2, Bf16, RESIDUAL, float)
-GEMM(gemm_stream_bf16_silu, STREAM, 2, Bf16, SILU, Bf16)
-GEMM(gemm_stream_f16_store_f32, STREAM, 2, F16, STORE_F32, float)
-GEMM(gemm_stream_f16_residual, STREAM, 2, F16, RESIDUAL, float)
-GEMM(gemm_stream_f16_silu, STREAM, 2, F16, SILU, F16)
+BOTH(bf16, store_f32, Bf16, STORE_F32, float)
+BOTH(bf16, residual, Bf16, RESIDUAL, float)
+BOTH(bf16, silu, Bf16, SILU, Bf16)
+BOTH(f16, store_f32, F16, STORE_F32, float)
+BOTH(f16, residual, F16, RESIDUAL, float)
+BOTH(f16, silu, F16, SILU, F16)

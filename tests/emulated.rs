@@ -263,6 +263,39 @@ fn on_the_device_alone_and_together() {
 }
 
 #[test]
+fn a_product_has_all_its_rows_on_both_sides_of_every_entrys_limit() {
+    in_every_order("on_the_device_products_of_many_numbers_of_rows");
+}
+
+/// A weight of ones: each row of the product is the sum of a row of activations, exactly.
+#[test]
+#[ignore = "runs in a child process with the stand-in driver"]
+fn on_the_device_products_of_many_numbers_of_rows() {
+    let shape = shape_of(open(Path::new(TINY[0])).unwrap().config());
+    let (hidden, depth) = (shape.hidden_size, shape.q_size());
+    let mut cuda = Cuda::new(0, shape, CudaOptions::default()).unwrap();
+    let bytes = vec![1.0f32; hidden * depth].iter().flat_map(|one| one.to_le_bytes()).collect::<Vec<u8>>();
+    let (name, role, dtype) = ("ones".to_owned(), TensorRole::Linear, StoredDType::F32);
+    let ones = HostTensor { name, role, dtype, shape: vec![hidden, depth], bytes: bytes.into() };
+    let weight = cuda.upload(WeightUse::Linear, &[ones]).unwrap();
+    for rows in [1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65] {
+        let mut y = cuda.buffer(BufferUse::Activation, rows, depth).unwrap();
+        let mut x = cuda.buffer(BufferUse::Residual, rows, hidden).unwrap();
+        let of_row = |row: usize| vec![(row + 1) as f32; depth];
+        cuda.fill(&mut y, &(0..rows).flat_map(of_row).collect::<Vec<f32>>()).unwrap();
+        cuda.fill(&mut x, &vec![0.5; rows * hidden]).unwrap();
+        let mut batch = Batch::default();
+        batch.clear();
+        batch.push((0..rows as u32).map(TokenInput::Id), 0, &[0, 1, 2, 3, 4], None);
+        cuda.attn_out(&batch, &weight, &y, &mut x).unwrap();
+        let found = cuda.download(&x, rows, hidden).unwrap();
+        let expected = |at: usize| ((at / hidden + 1) * depth) as f32 + 0.5;
+        let wrong = found.iter().enumerate().find(|(at, value)| **value != expected(*at));
+        assert_eq!(wrong, None, "{rows} rows");
+    }
+}
+
+#[test]
 fn made_up_weights_have_the_same_bits_whoever_makes_them() {
     on_the_device("on_the_device_weights_are_made_or_brought", &[("EMU_ORDER", "3")]);
 }

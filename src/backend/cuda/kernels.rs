@@ -38,11 +38,20 @@ impl Epilogue {
 
 const EPILOGUES: [Epilogue; 3] = [Epilogue::Store, Epilogue::Residual, Epilogue::Silu];
 
+/// Most tokens of each entry of the streaming product.
+pub(super) const STREAM_TOKENS: [usize; 4] = [8, 16, 32, 64];
+
+/// The entry of the streaming product for so many tokens: an index into [`STREAM_TOKENS`].
+pub(super) fn stream_entry(tokens: usize) -> usize {
+    STREAM_TOKENS.iter().position(|&most| tokens <= most).unwrap_or(STREAM_TOKENS.len() - 1)
+}
+
 #[derive(Debug)]
 pub(super) struct Kernels {
     pub(super) embed: Kernel,
     pub(super) rms_norm: Kernel,
-    stream: [Kernel; 3],
+    /// By [`Epilogue`] and [`stream_entry`].
+    stream: [[Kernel; 4]; 3],
     tiled: [Kernel; 3],
     pub(super) silu_mul: Kernel,
     pub(super) rope_kv: Kernel,
@@ -77,15 +86,16 @@ impl Kernels {
         let (gemm, attention) = (loader.module(compile::GEMM)?, loader.module(compile::ATTENTION)?);
         let (sample, silu) = (loader.module(compile::SAMPLE)?, loader.module(compile::SILU)?);
         let synthetic = loader.module(compile::SYNTHETIC)?;
-        let products = |kind: &str| -> anyhow::Result<[Kernel; 3]> {
-            let [a, b, c] = EPILOGUES.map(|e| gemm.kernel(format!("gemm_{kind}_{t}_{}", e.name())));
-            Ok([a?, b?, c?])
+        let stream = |epilogue: Epilogue| {
+            let entry = |tokens| gemm.kernel(format!("gemm_stream_{t}_{}_{tokens}", epilogue.name()));
+            all(STREAM_TOKENS.map(entry))
         };
+        let tiled = |epilogue: Epilogue| gemm.kernel(format!("gemm_tiled_{t}_{}", epilogue.name()));
         let kernels = Kernels {
             embed: embed.kernel(format!("embed_{t}"))?,
             rms_norm: norm.kernel(format!("rms_norm_{t}"))?,
-            stream: products("stream")?,
-            tiled: products("tiled")?,
+            stream: all(EPILOGUES.map(stream))?,
+            tiled: all(EPILOGUES.map(tiled))?,
             silu_mul: silu.kernel(format!("silu_mul_{t}"))?,
             rope_kv: rope.kernel(format!("rope_kv_{t}"))?,
             decode: attention.kernel(format!("attention_decode_{t}_{head_dim}"))?,
@@ -110,37 +120,51 @@ impl Kernels {
         };
         kernels.decode.allow_shared(kernels.decode_shared_bytes)?;
         kernels.prefill.allow_shared(kernels.prefill_shared_bytes)?;
-        for kernel in &kernels.stream {
-            kernel.allow_shared(super::products::stream_shared_bytes(super::products::STREAM_ROWS))?;
+        for entries in &kernels.stream {
+            for (kernel, tokens) in entries.iter().zip(STREAM_TOKENS) {
+                kernel.allow_shared(super::products::stream_shared_bytes(tokens))?;
+            }
+        }
+        for kernel in kernels.of_a_decode_step() {
+            kernel.prefer_shared()?;
         }
         Ok(kernels)
     }
 
-    /// Every kernel of the forward pass and what the driver gives it.
-    pub(super) fn resources(&self) -> Vec<(String, KernelResources)> {
-        let single = [
+    /// They overlap: a multiprocessor that splits its memory in another way for the next has to run dry in between.
+    fn of_a_decode_step(&self) -> impl Iterator<Item = &Kernel> {
+        let few = [
             &self.embed,
             &self.rms_norm,
-            &self.silu_mul,
             &self.rope_kv,
             &self.decode,
-            &self.prefill,
             &self.sample_stage1,
             &self.sample_stage2,
         ];
-        let all = single.into_iter().chain(&self.stream).chain(&self.tiled);
+        few.into_iter().chain(self.stream.iter().flatten())
+    }
+
+    /// Every kernel of the forward pass and what the driver gives it.
+    pub(super) fn resources(&self) -> Vec<(String, KernelResources)> {
+        let all = self.of_a_decode_step().chain([&self.silu_mul, &self.prefill]).chain(&self.tiled);
         all.map(|kernel| (kernel.name().to_owned(), kernel.resources())).collect()
     }
 
-    /// For few rows: bound by the bytes of the weight.
-    pub(super) fn stream(&self, epilogue: Epilogue) -> &Kernel {
-        &self.stream[epilogue as usize]
+    /// For at most 64 rows: bound by the bytes of the weight.
+    pub(super) fn stream(&self, epilogue: Epilogue, rows: usize) -> &Kernel {
+        &self.stream[epilogue as usize][stream_entry(rows)]
     }
 
     /// For any number of rows.
     pub(super) fn tiled(&self, epilogue: Epilogue) -> &Kernel {
         &self.tiled[epilogue as usize]
     }
+}
+
+/// All of them, or what went wrong first.
+fn all<T, const N: usize>(results: [anyhow::Result<T>; N]) -> anyhow::Result<[T; N]> {
+    let values: Vec<T> = results.into_iter().collect::<anyhow::Result<_>>()?;
+    values.try_into().map_err(|_| anyhow::anyhow!("a list of {N} kernels has another length"))
 }
 
 /// The kernels that measure the device itself.

@@ -152,15 +152,24 @@ impl Kernel {
     }
 
     /// Lets its blocks ask for up to `bytes` of dynamic shared memory.
-    #[allow(unsafe_code)]
     pub(super) fn allow_shared(&self, bytes: u32) -> Result<(), CudaError> {
         if bytes <= DEFAULT_SHARED_BYTES {
             return Ok(());
         }
         let which = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        self.set(which, bytes as i32)
+    }
+
+    /// Runs with as much of a multiprocessor's memory as can be shared memory, and the rest as L1 cache.
+    pub(super) fn prefer_shared(&self) -> Result<(), CudaError> {
+        self.set(sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100)
+    }
+
+    #[allow(unsafe_code)]
+    fn set(&self, which: sys::CUfunction_attribute, value: i32) -> Result<(), CudaError> {
         // SAFETY: the function lives as long as its module.
-        check_call(unsafe { sys::cuFuncSetAttribute(self.function, which, bytes as i32) }, || {
-            format!("cuFuncSetAttribute: {bytes} B of shared memory for {}", self.name)
+        check_call(unsafe { sys::cuFuncSetAttribute(self.function, which, value) }, || {
+            format!("cuFuncSetAttribute: {which:?} of {value} for {}", self.name)
         })
     }
 }

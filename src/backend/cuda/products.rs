@@ -4,7 +4,7 @@
 use super::context::Properties;
 use super::cublaslt::{Large, tuned_rows};
 use super::device::CudaOptions;
-use super::kernels::{Epilogue, Kernels};
+use super::kernels::{Epilogue, Kernels, STREAM_TOKENS, stream_entry};
 use super::launch::{Grid, at, int};
 use super::memory::DeviceBuffer;
 use super::queue::{Queue, last_of_each};
@@ -12,19 +12,14 @@ use crate::backend::Shape;
 use crate::record::{CublasLt, Maybe};
 
 /// Most rows of activations that the streaming kernel takes at once.
-pub(super) const STREAM_ROWS: usize = 64;
+pub(super) const STREAM_ROWS: usize = STREAM_TOKENS[STREAM_TOKENS.len() - 1];
 /// Rows of the weight that one tile of either kernel covers; half as many features with [`Epilogue::Silu`].
 const TILE: usize = 128;
 const THREADS: u32 = 256;
 
 /// Dynamic shared memory of a streaming block for so many rows of activations.
 pub(super) fn stream_shared_bytes(rows: usize) -> u32 {
-    4 * (16_384 + 128 * padded(rows) as u32)
-}
-
-/// Rows of activations are taken in these numbers.
-fn padded(rows: usize) -> usize {
-    rows.next_power_of_two().clamp(8, STREAM_ROWS)
+    4 * (16_384 + 128 * STREAM_TOKENS[stream_entry(rows)] as u32)
 }
 
 /// Blocks of the streaming kernel: all that are resident at once, two on a multiprocessor where shared memory is large.
@@ -148,7 +143,7 @@ impl Products {
             threads: THREADS,
             shared_bytes: stream_shared_bytes(product.rows),
         };
-        self.launch(queue, kernels.stream(product.epilogue), grid, product)
+        self.launch(queue, kernels.stream(product.epilogue, product.rows), grid, product)
     }
 
     fn tiled(&self, queue: &mut Queue, kernels: &Kernels, product: Product) -> anyhow::Result<()> {
@@ -188,9 +183,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn shared_memory_of_a_stream_follows_its_padded_rows() {
+    fn shared_memory_of_a_stream_follows_its_entry() {
         assert_eq!(stream_shared_bytes(1), 4 * (16_384 + 128 * 8));
+        assert_eq!(stream_shared_bytes(8), stream_shared_bytes(1));
         assert_eq!(stream_shared_bytes(9), 4 * (16_384 + 128 * 16));
+        assert_eq!(stream_shared_bytes(16), stream_shared_bytes(9));
+        assert_eq!(stream_shared_bytes(17), 4 * (16_384 + 128 * 32));
         assert_eq!(stream_shared_bytes(33), 98_304);
         assert_eq!(stream_shared_bytes(64), 98_304);
     }
