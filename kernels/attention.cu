@@ -145,11 +145,10 @@ struct Online {
     }
 };
 
-/// Starts copies of `count` tokens from `first` on to shared memory; tokens from `end` on become zero.
-template <class T, int HD>
-DEVICE void load_tokens(unsigned char* keys, unsigned char* values, const T* k_cache, const T* v_cache, const int* pages, int first,
-                        int count, int end, int kv_head, int kv_heads, int thread, int threads) {
-    for (int i = thread; i < count * CHUNKS<HD>; i += threads) {
+/// Starts copies of KEYS tokens from `first` on to shared memory by 128 threads; tokens from `end` on become zero.
+template <class T, int HD, int KEYS>
+DEVICE void load_tokens(unsigned char* keys, unsigned char* values, const T* k_cache, const T* v_cache, const int* pages, int first, int end, int kv_head, int kv_heads) {
+    for (int i = threadIdx.x; i < KEYS * CHUNKS<HD>; i += 128) {
         const int token = i / CHUNKS<HD>, chunk = i % CHUNKS<HD>, position = first + token;
         const bool valid = position < end && chunk < HD / 8;
         const u64 from = valid ? cache_offset(pages[position / PAGE_SIZE], position % PAGE_SIZE, kv_head, kv_heads, HD) + chunk * 8 : 0;
@@ -175,13 +174,27 @@ struct Decode {
     }
     DEVICE T* out_head(int h) const { return out + (u64(blockIdx.x) * heads + blockIdx.y * group + h) * HD; }
 
+    /// Starts a warp's copies of a page, of which `count` tokens exist; the others become zero. A head's tokens in a page lie
+    /// one after another.
+    DEVICE void load_page(unsigned char* keys, const T* k_cache, const T* v_cache, int page, int count) const {
+        const int lane = threadIdx.x & 31;
+        const u64 first = cache_offset(page, 0, blockIdx.y, kv_heads, HD);
+#pragma unroll 4
+        for (int i = 0; i < PAGE_SIZE * CHUNKS<HD> / 32; i++) {
+            const int token = (lane + i * 32) / CHUNKS<HD>, chunk = (lane + i * 32) % CHUNKS<HD>;
+            const bool valid = token < count && chunk < HD / 8;
+            const u64 from = first + (valid ? token * HD + chunk * 8 : 0);
+            copy_async16_or_zero(keys + key_place<HD>(token, chunk), k_cache + from, valid);
+            copy_async16_or_zero(keys + HALF_BYTES + value_place<HD>(token, chunk), v_cache + from, valid);
+        }
+    }
+
     /// One warp's pages: `first`, `first + WARPS`, .. below `end`, through a ring of its own.
     DEVICE void walk(Online<T, HD>& online, unsigned char* ring, const T* k_cache, const T* v_cache, const int* pages, int context, int first, int end) const {
         const int lane = threadIdx.x & 31;
         const float scale = LOG2_E * rsqrtf(float(HD));
         auto load = [&](int page, int stage) {
-            unsigned char* keys = ring + stage * 2 * HALF_BYTES;
-            if (page < end) load_tokens<T, HD>(keys, keys + HALF_BYTES, k_cache, v_cache, pages, page * PAGE_SIZE, PAGE_SIZE, context, blockIdx.y, kv_heads, lane, 32);
+            if (page < end) load_page(ring + stage * 2 * HALF_BYTES, k_cache, v_cache, pages[page], context - page * PAGE_SIZE);
             copy_commit();
         };
         for (int s = 0; s < STAGES - 1; s++) load(first + s * WARPS, s);
@@ -323,7 +336,7 @@ struct Prefill {
 
         auto load = [&](int key, int stage) {
             unsigned char* keys = shared + stage * 2 * HALF_BYTES;
-            if (key < visible) load_tokens<T, HD>(keys, keys + HALF_BYTES, k_cache, v_cache, own_pages, key, KEYS, visible, kv_head, kv_heads, threadIdx.x, 128);
+            if (key < visible) load_tokens<T, HD, KEYS>(keys, keys + HALF_BYTES, k_cache, v_cache, own_pages, key, visible, kv_head, kv_heads);
             copy_commit();
         };
         const float scale = LOG2_E * rsqrtf(float(HD));

@@ -10,6 +10,9 @@ use crate::backend::Shape;
 
 /// Blocks that one multiprocessor should have.
 const BLOCKS_EACH: usize = 2;
+/// Splits beyond which a block of a usual context (1,024 tokens are 64 pages) has warps without a page. More are made
+/// only where multiprocessors would have no block.
+const USUAL_SPLITS: usize = 16;
 /// A split of a short context has nothing to do; more splits than this never help.
 const MAX_SPLITS: usize = 32;
 const PREFILL_THREADS: u32 = 128;
@@ -121,7 +124,9 @@ impl Attention {
 
 /// Parts that a context is cut into: enough blocks for the device, whatever the context is.
 fn splits(sequences: usize, kv_heads: usize, multiprocessors: usize) -> usize {
-    (BLOCKS_EACH * multiprocessors).div_ceil(sequences * kv_heads).clamp(1, MAX_SPLITS)
+    let groups = sequences * kv_heads;
+    let most = (multiprocessors / groups).max(USUAL_SPLITS);
+    (BLOCKS_EACH * multiprocessors).div_ceil(groups).min(most).clamp(1, MAX_SPLITS)
 }
 
 /// Of all tiles but the first `skipped`.
@@ -168,7 +173,9 @@ mod tests {
 
     #[test]
     fn splits_fill_the_device_and_vanish_when_sequences_do() {
-        assert_eq!(splits(1, 8, 132), 32);
+        assert_eq!(splits(1, 8, 132), 16);
+        assert_eq!(splits(1, 4, 132), 32);
+        assert_eq!(splits(2, 8, 132), 16);
         assert_eq!(splits(8, 8, 132), 5);
         assert_eq!(splits(32, 8, 132), 2);
         assert_eq!(splits(64, 8, 132), 1);
