@@ -13,11 +13,11 @@ template <class T>
 DEVICE void rms_norm(T* out, const float* x, const float* gain, const int* rows, int d, float eps) {
     SHARED(float, scratch, 33);
     pdl_wait();
+    pdl_launch();
     const float* row = x + u64(rows ? rows[blockIdx.x] : blockIdx.x) * d;
     float sum = 0.0f;
     for (int i = threadIdx.x * 4; i < d; i += blockDim.x * 4) sum += square_sum(load128(row + i));
     const float scale = rsqrtf(block_sum(sum, scratch) / d + eps);
-    pdl_launch();
     for (int i = threadIdx.x * 8; i < d; i += blockDim.x * 8) {
         Vec16 result;
         for (int half = 0; half < 2; half++) {

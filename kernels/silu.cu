@@ -8,10 +8,10 @@ template <class T>
 DEVICE void silu_mul(T* out, const T* in, int f) {
     const int i = (blockIdx.y * blockDim.x + threadIdx.x) * 8;
     pdl_wait();
+    pdl_launch();
     if (i >= f) return;
     const T* row = in + u64(blockIdx.x) * 2 * f;
     const Vec16 gate = load128(row + i), up = load128(row + f + i);
-    pdl_launch();
     Vec16 result;
     for (int j = 0; j < 4; j++) {
         const float a = silu(low<T>(gate.word[j])) * low<T>(up.word[j]);

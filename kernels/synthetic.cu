@@ -16,11 +16,14 @@ DEVICE void store(F16* out, float value) { *out = from_f32<F16>(value); }
 template <class T>
 DEVICE void synthetic(T* out, u64 key, float center, float scale, u64 first, u64 count) {
     pdl_wait();
-    pdl_launch();
     const u64 threads = u64(gridDim.x) * blockDim.x;
     for (u64 i = u64(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += threads) {
         store(out + i, synthetic_value(key, center, scale, first + i));
     }
+    // Products fetch weights before they wait: only once all of this block's are in L2 may the next grid begin.
+    __threadfence();
+    __syncthreads();
+    pdl_launch();
 }
 
 extern "C" __global__ void __launch_bounds__(256) synthetic_bf16(Bf16* out, u64 key, float center, float scale, u64 first, u64 count) {
