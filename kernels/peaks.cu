@@ -11,7 +11,7 @@
 
 constexpr int IN_FLIGHT = 8;
 
-extern "C" __global__ void __launch_bounds__(256) read_bandwidth(const Vec16* from, u64 vectors, u32* sink) {
+extern "C" __global__ void __launch_bounds__(256, 4) read_bandwidth(const Vec16* from, u64 vectors, u32* sink) {
     const u64 threads = u64(gridDim.x) * blockDim.x;
     u64 i = u64(blockIdx.x) * blockDim.x + threadIdx.x;
     u32 sum = 0;
@@ -31,7 +31,7 @@ extern "C" __global__ void __launch_bounds__(256) read_bandwidth(const Vec16* fr
     if (sum == 0x9E3779B9u) sink[blockIdx.x] = sum;
 }
 
-extern "C" __global__ void __launch_bounds__(256) copy_bandwidth(Vec16* to, const Vec16* from, u64 vectors) {
+extern "C" __global__ void __launch_bounds__(256, 4) copy_bandwidth(Vec16* to, const Vec16* from, u64 vectors) {
     const u64 threads = u64(gridDim.x) * blockDim.x;
     u64 i = u64(blockIdx.x) * blockDim.x + threadIdx.x;
     pdl_wait();
