@@ -3,9 +3,10 @@
 
 Fails when a kernel does not compile, when a hot kernel (gemm_*, attention_*) spills or has a stack, or when a kernel's
 registers differ from the committed table by more than a tenth (write the new table with --update, and say why); when a
-kernel is not listed for the emulated device; and, with nvdisasm at hand, when the machine code lacks what was meant:
-tensor-core instructions and 128-bit copies in the hot kernels, 128-bit loads in those bound by bandwidth.
---self-test plants each of these faults in a copy of the kernels and requires that it is found.
+kernel is not listed for the emulated device; when a streaming product and the attention before it no longer fit one
+multiprocessor; and, with nvdisasm at hand, when the machine code lacks what was meant: tensor-core instructions and
+128-bit copies in the hot kernels, 128-bit loads in those bound by bandwidth, few instructions around the copies of a
+streaming product's stage. --self-test plants each of these faults in a copy of the kernels and requires that it is found.
 Needs the packages of scripts/requirements.txt: found in this interpreter's site-packages, or --nvrtc PATH and
 --nvdisasm FILE. Needs no GPU.
 """
@@ -14,23 +15,34 @@ import argparse
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 
 import nvrtc
+import sass
 
 TABLE = os.path.join(nvrtc.KERNELS, "resources.tsv")
 COLUMNS = ["kernel", "arch", "registers", "shared_bytes", "spill_bytes", "stack_bytes"]
 HOT = ("gemm_", "attention_")
 # What the machine code of kernels with these beginnings must contain, and must not.
 MEANT = [
-    (HOT, {"tensor-core instructions": r"\bHMMA\.", "128-bit copies to shared memory": r"\bLDGSTS\.\S*\.128"}),
-    (("mma_peak_",), {"tensor-core instructions": r"\bHMMA\."}),
-    (("embed_", "rms_norm_", "silu_mul_", "read_bandwidth", "copy_bandwidth"), {"128-bit loads": r"\bLDG\.\S*\.128"}),
+    (HOT, {"tensor-core instructions": r"HMMA\.", "128-bit copies to shared memory": r"LDGSTS\.\S*\.128"}),
+    (("mma_peak_",), {"tensor-core instructions": r"HMMA\."}),
+    (("embed_", "rms_norm_", "silu_mul_", "read_bandwidth", "copy_bandwidth"), {"128-bit loads": r"LDG\.\S*\.128"}),
 ]
-LOCAL_MEMORY = r"\b(LDL|STL)\b"
+LOCAL_MEMORY = r"LDL|STL"
+# Instructions of one turn of a streaming product's loop that are neither tensor-core products nor loads of fragments.
+MOST_AROUND_A_STAGE = 130
+# Eight loads of a bandwidth probe are on their way before the first is used.
+PROBE_LOADS = 8
+
+# Shared memory of a multiprocessor, bytes, where a streaming product shall fetch weights while attention runs (CUDA
+# programming guide, technical specifications); registers, and what each block and warp takes of them.
+SHARED_OF_SM = {"sm_90a": 233472, "sm_100a": 233472, "sm_103a": 233472}
+REGISTERS_OF_SM, REGISTERS_STEP, SHARED_OF_SYSTEM = 65536, 256, 1024
+# Entry, threads of a block, dynamic shared memory in bytes, blocks.
+TOGETHER = [("attention_decode_{t}_128", 128, 65536, 2), ("gemm_stream_{t}_{e}_{p}", 256, None, 1)]
 
 
 def find_nvdisasm():
@@ -40,19 +52,59 @@ def find_nvdisasm():
     return found[-1] if found else None
 
 
-def machine_code_faults(nvdisasm, cubin, arch):
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run([nvdisasm, "-c", file.name], capture_output=True, text=True, check=True).stdout
-    for part in re.split(r"^\s*\.section\s+\.text\.", text, flags=re.MULTILINE)[1:]:
-        name = re.match(r"\w+", part)[0]
-        for beginnings, patterns in MEANT:
-            for what, pattern in patterns.items():
-                if name.startswith(beginnings) and not re.search(pattern, part):
-                    yield f"{name} for {arch}: no {what} in its machine code"
-        if name.startswith(HOT) and re.search(LOCAL_MEMORY, part):
-            yield f"{name} for {arch}: local memory in its machine code"
+def machine_code_faults(kernel, arch):
+    """What the machine code of one kernel lacks, or has too much of."""
+    for beginnings, patterns in MEANT:
+        for what, pattern in patterns.items():
+            if kernel.name.startswith(beginnings) and not kernel.matching(pattern):
+                yield f"{kernel.name} for {arch}: no {what} in its machine code"
+    if kernel.name.startswith(HOT) and kernel.matching(LOCAL_MEMORY):
+        yield f"{kernel.name} for {arch}: local memory in its machine code"
+    if kernel.name.startswith("gemm_stream_"):
+        around = around_a_stage(kernel)
+        if around > MOST_AROUND_A_STAGE:
+            yield f"{kernel.name} for {arch}: {around} instructions around a stage's copies, at most {MOST_AROUND_A_STAGE}"
+    if kernel.name.endswith("_bandwidth") and loads_in_flight(kernel) < PROBE_LOADS:
+        yield f"{kernel.name} for {arch}: {loads_in_flight(kernel)} loads in flight, expected {PROBE_LOADS}"
+
+
+def around_a_stage(kernel):
+    """Instructions of a turn of the loop that copies and multiplies, without the products and their operands."""
+    loop = kernel.shortest_loop(r"LDGSTS", r"HMMA") or range(len(kernel.instructions))
+    return sum(not re.match(r"HMMA|LDS\b|LDS\.|LDSM", kernel.opcode(index)) for index in loop)
+
+
+def loads_in_flight(kernel):
+    """Most 128-bit loads in a row without one of their uses between them."""
+    most = count = 0
+    for index in range(len(kernel.instructions)):
+        opcode = kernel.opcode(index)
+        count = count + 1 if re.match(r"LDG\.\S*128", opcode) else 0 if re.match(r"LOP3|STG|BRA", opcode) else count
+        most = max(most, count)
+    return most
+
+
+def crowded(rows):
+    """Streaming products of up to 32 tokens that do not fit one multiprocessor beside the attention before them."""
+    table = {(name, arch): (registers, shared) for name, arch, registers, shared, *_ in rows}
+    for arch, shared_of_sm in SHARED_OF_SM.items():
+        for t in ("bf16", "f16"):
+            for e in ("store_f32", "residual", "silu"):
+                for p in (8, 16, 32):
+                    registers = shared = 0
+                    for pattern, threads, dynamic, blocks in TOGETHER:
+                        used = table.get((pattern.format(t=t, e=e, p=p), arch))
+                        if used is None:
+                            break
+                        a_warp = -(-used[0] * 32 // REGISTERS_STEP) * REGISTERS_STEP
+                        dynamic = 4 * (16384 + 128 * p) if dynamic is None else dynamic
+                        registers += blocks * threads // 32 * a_warp
+                        shared += blocks * (used[1] + dynamic + SHARED_OF_SYSTEM)
+                    name = TOGETHER[1][0].format(t=t, e=e, p=p)
+                    if registers > REGISTERS_OF_SM:
+                        yield f"{name} for {arch}: {registers} registers with two blocks of attention, at most {REGISTERS_OF_SM}"
+                    if shared > shared_of_sm:
+                        yield f"{name} for {arch}: {shared} B of shared memory with two blocks of attention, at most {shared_of_sm}"
 
 
 def resources(log, arch):
@@ -79,7 +131,8 @@ class Compiled:
             self.faults = [str(error)]
             return
         self.rows = resources(log, arch)
-        self.faults = list(machine_code_faults(nvdisasm, self.image, arch)) if nvdisasm else []
+        kernels = sass.kernels(nvdisasm, self.image).values() if nvdisasm else []
+        self.faults = [fault for kernel in kernels for fault in machine_code_faults(kernel, arch)]
 
 
 def committed():
@@ -133,6 +186,17 @@ PLANTED = [
         [r"gemm_\w+_bf16_\w+ for sm_90a: no tensor-core instructions", r"gemm_\w+ for sm_90a: no 128-bit copies to shared memory"],
     ),
     (
+        "gemm",
+        [("gemm.cu", "        const T* from = weights + step * COLUMNS;",
+          "        const T* from = weights + step * COLUMNS + (mix(mix(mix(mix(mix(u64(step)))))) & 8);")],
+        [r"gemm_stream_\w+ for sm_90a: \d+ instructions around a stage's copies"],
+    ),
+    (
+        "peaks",
+        [("peaks.cu", "__launch_bounds__(256, 4) read_bandwidth", "__launch_bounds__(256, 8) read_bandwidth")],
+        [r"read_bandwidth for sm_90a: 4 loads in flight"],
+    ),
+    (
         "embed",
         [("embed.cu", "const Vec16 values = load128_once(row + i);",
           "Vec16 values; for (int w = 0; w < 4; w++) values.word[w] = reinterpret_cast<const volatile u32*>(row + i)[w];")],
@@ -161,6 +225,9 @@ def missed_faults(library, nvdisasm):
                 print(f"found  {hit}")
             else:
                 yield f"planted in {source}.cu and not found: {pattern}; found were {found}"
+    hungry = [["attention_decode_bf16_128", "sm_90a", 168, 128, 0, 0], ["gemm_stream_bf16_silu_32", "sm_90a", 96, 16, 0, 0]]
+    if len(list(crowded(hungry))) != 1:
+        yield f"96 registers a thread beside two blocks of attention, and found were {list(crowded(hungry))}"
     names = {kernel for kernel, _ in committed()}
     for less, more in [(set(), {"new_kernel"}), ({"embed_bf16"}, set())]:
         if not list(unregistered(names - less | more)):
@@ -193,11 +260,11 @@ def main():
     rows = sorted(row for compiled in results for row in compiled.rows)
     errors = [fault for compiled in results for fault in compiled.faults]
     if choice.arch or choice.file:
-        errors += faults(rows, {})
+        errors += [*faults(rows, {}), *crowded(rows)]
         print("\n".join("\t".join(map(str, row)) for row in rows))
     else:
         before = {} if choice.update else committed()
-        errors += [*faults(rows, before), *unregistered(row[0] for row in rows)]
+        errors += [*faults(rows, before), *crowded(rows), *unregistered(row[0] for row in rows)]
         if before and set(before) != {(row[0], row[1]) for row in rows}:
             errors.append("the kernels are not those of kernels/resources.tsv: run with --update")
         if not before and all(compiled.image for compiled in results):
