@@ -438,11 +438,9 @@ def work(shape, op):
     return 2 * (weights + others) + gains + (4 * s.batch if op == "logits" else 0), 2.0 * multiplied
 
 
-def stream(names, epilogue, rows, columns, depth, machine):
+def stream(epilogue, rows, columns, depth, machine):
     """gemm_stream: src/backend/cuda/products.rs, and `Deal` in kernels/gemm.cu."""
     p, silu = min(64, max(8, 1 << (rows - 1).bit_length())), epilogue == "silu"
-    ours = [f"gemm_stream_{DTYPE}_{epilogue}_{p}", f"gemm_stream_{DTYPE}_{epilogue}"]
-    entry = next((name for name in ours if name in names), None) or sys.exit(f"kernels/gemm.cu has no {ours[0]}")
     tiles, steps = -(-columns // (64 if silu else 128)), -(-depth // 64)
     grid = machine["multiprocessors"] * (1 if machine["architecture"].startswith("sm_12") else 2)
     blocks = min(grid, tiles * steps)
@@ -458,7 +456,7 @@ def stream(names, epilogue, rows, columns, depth, machine):
 
     weights = (2 if silu else 1) * columns * depth * 2
     return Kernel(
-        entry, [grid, 1, 1], 256, give, 4 * (16384 + 128 * p), dram_bytes=weights,
+        f"gemm_stream_{DTYPE}_{epilogue}_{p}", [grid, 1, 1], 256, give, 4 * (16384 + 128 * p), dram_bytes=weights,
         # Activations are read again for every tile; parts are written and read.
         l2_bytes=weights + tiles * rows * depth * 2 + 2 * tiles * parts * p * 128 * 4,
         # The first tokens; then a part is stored and fenced, and its ticket drawn.
@@ -541,16 +539,15 @@ def sample(shape):
 
 
 def host_constant(file, name):
-    """From the host's source, so that a change there is a change here; None where there is no such constant."""
+    """From the host's source, so that a change there is a change here."""
     text = nvrtc.read(os.path.join(nvrtc.ROOT, "src", "backend", "cuda"), file).decode()
-    found = re.search(rf"const {name}: usize = (\d+);", text)
-    return int(found[1]) if found else None
+    return int(re.search(rf"const {name}: usize = (\d+);", text)[1])
 
 
 def splits_of(shape, machine):
     """`splits` of src/backend/cuda/attend.rs: enough for two blocks on each multiprocessor."""
     groups, most = shape.batch * shape.kv_heads, host_constant("attend.rs", "MAX_SPLITS")
-    usual = max(machine["multiprocessors"] // groups, host_constant("attend.rs", "USUAL_SPLITS") or most)
+    usual = max(machine["multiprocessors"] // groups, host_constant("attend.rs", "USUAL_SPLITS"))
     return max(1, min(-(-2 * machine["multiprocessors"] // groups), usual, most))
 
 
@@ -588,25 +585,25 @@ def attention_prefill(shape):
 
     read = tiles * shape.batch * shape.heads * mean * 64 * shape.hd * 4
     return Kernel(
-        f"attention_prefill_{DTYPE}_{shape.hd}", [tiles * shape.batch, shape.heads, 1], 128, give, 64 << 10, dram_bytes=shape.kv_bytes() + 4 * shape.tokens * shape.q, l2_bytes=read,
-        waits={"l2": 3}, hot="keys", mma=128, copies=16,
+        f"attention_prefill_{DTYPE}_{shape.hd}", [tiles * shape.batch, shape.heads, 1], 128, give, 64 << 10,
+        dram_bytes=shape.kv_bytes() + 4 * shape.tokens * shape.q, l2_bytes=read, waits={"l2": 3}, hot="keys", mma=128, copies=16,
     )
 
 
-def product(epilogue, rows, columns, depth, products, names, machine):
+def product(epilogue, rows, columns, depth, products, machine):
     if rows <= 64:
-        return [stream(names, epilogue, rows, columns, depth, machine)]
+        return [stream(epilogue, rows, columns, depth, machine)]
     if products == "own":
         return [tiled(epilogue, rows, columns, depth)]
     if epilogue != "silu":
         return [library(rows, columns, depth)]
-    activation = Kernel(f"silu_mul_{DTYPE}", [rows, -(-columns // 2048), 1], 256, lambda of: None, dram_bytes=rows * columns * 6, waits={"dram": 1})
-    return [library(rows, 2 * columns, depth), activation]
+    grid, moved = [rows, -(-columns // 2048), 1], 6 * rows * columns
+    return [library(rows, 2 * columns, depth), Kernel(f"silu_mul_{DTYPE}", grid, 256, lambda of: None, dram_bytes=moved, waits={"dram": 1})]
 
 
-def kernels_of(op, s, products, names, machine):
+def kernels_of(op, s, products, machine):
     """The launches of one operation in their order: src/backend/cuda/ops.rs."""
-    by = (products, names, machine)
+    by = (products, machine)
     return {
         "embed": lambda: [embed(s)],
         "attn_in": lambda: [norm(s, s.tokens), *product("store_f32", s.tokens, s.q + 2 * s.k, s.h, *by), rope(s)],
@@ -649,8 +646,6 @@ def one_file(name, architecture, folder, library, nvdisasm):
         text = subprocess.run([nvdisasm, "-c", file.name], capture_output=True, text=True, check=True).stdout
     parts = re.split(r"^\s*\.section\s+\.text\.", text, flags=re.MULTILINE)[1:]
     return {re.match(r"\w+", part)[0]: part for part in parts}, kernel_matrix.resources(log, architecture)
-
-
 
 
 @dataclass
@@ -806,7 +801,7 @@ def bound(machine, moved, flops):
 
 
 def one_op(op, shape, products, timer):
-    kernels = kernels_of(op, shape, products, timer.compiled.texts, timer.machine)
+    kernels = kernels_of(op, shape, products, timer.machine)
     gap_ns = assumed("graph_gap_ns" if shape.is_decode else "queued_gap_ns")
     launches = [timer.launch(kernel, kernels[at - 1], gap_ns) for at, kernel in enumerate(kernels)]
     moved, flops = work(shape, op)
@@ -820,7 +815,7 @@ def one_op(op, shape, products, timer):
 def whole_step(shape, products, timer):
     """All launches of a step behind each other; every layer is like the second, whose first kernel follows a layer's last."""
     gap_ns = assumed("graph_gap_ns" if shape.is_decode else "queued_gap_ns")
-    of = lambda op: kernels_of(op, shape, products, timer.compiled.texts, timer.machine)
+    of = lambda op: kernels_of(op, shape, products, timer.machine)
     layer = [kernel for op in LAYER for kernel in of(op)]
     sequence = [(kernel, 1) for kernel in of("embed")] + [(kernel, shape.layers) for kernel in layer] + [(kernel, 1) for kernel in of("logits")]
     time_ns, before = 0.0, None
@@ -970,7 +965,7 @@ def self_test():
     config, device = read_toml("models", f"{MODEL}.toml")["config"], DEVICES["h100-sxm"]
     shape = Shape(config, "decode", 1, DEPTH)
     compiled = Compiled("sm_90a", files=["gemm", "norm"])
-    product = stream(compiled.texts, "residual", 1, shape.h, shape.q, machine_of(device))
+    product = stream("residual", 1, shape.h, shape.q, machine_of(device))
     launch = lambda of, facts=device, kernel=product: Timer(of, facts).launch(kernel, kernel, 800.0)
     before = launch(compiled)
     instructions = lambda found: found["machine_code"]["instructions_per_trip"]
@@ -997,7 +992,7 @@ def self_test():
     taken_up = {**device, "shared_bytes": figure(80 << 10, "bytes", "guess", "planted")}
     expect("less shared memory: one block fits, and no gap is hidden",
            launch(compiled, taken_up)["machine_code"]["resident_blocks"] == 1 and launch(compiled, taken_up)["hidden_ns"] == 0 < before["hidden_ns"])
-    wide = stream(compiled.texts, "residual", 1, 2 * shape.h, shape.q, machine_of(device))
+    wide = stream("residual", 1, 2 * shape.h, shape.q, machine_of(device))
     expect("twice the rows of the weight: twice the bytes and the units",
            wide.dram_bytes == 2 * product.dram_bytes and launch(compiled, kernel=wide)["machine_code"]["trips"] >= 1.9 * before["machine_code"]["trips"])
     with tempfile.TemporaryDirectory() as folder:
