@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 use tokmeter::analysis::calibrate::Calibration;
+use tokmeter::analysis::predicted::Prediction;
 use tokmeter::record::{Cell, Record};
 
 /// Folders whose `.md` files are documents.
@@ -41,7 +42,7 @@ fn the_format_document_lists_exactly_the_fields_of_every_structure() {
         described
             .keys()
             .filter(|structure| !known.contains_key(*structure))
-            .map(|structure| format!("FORMAT.md describes `{structure}`, which no record has")),
+            .map(|structure| format!("FORMAT.md describes `{structure}`, which no file of ours has")),
     );
     assert!(faults.is_empty(), "{}", faults.join("\n"));
 }
@@ -139,9 +140,11 @@ fn every_link_between_documents_leads_somewhere() {
     assert!(faults.is_empty(), "links that lead nowhere:\n{}", faults.join("\n"));
 }
 
-/// Structure → its fields, over everything that a record can contain.
+/// Structure → its fields, over everything that a record or a prediction can contain.
 fn schema_fields() -> BTreeMap<String, BTreeSet<String>> {
-    fields_of("Record", &schemars::schema_for!(Record).to_value())
+    let mut fields = fields_of("Record", &schemars::schema_for!(Record).to_value());
+    fields.extend(fields_of("Prediction", &schemars::schema_for!(Prediction).to_value()));
+    fields
 }
 
 fn fields_of(name: &str, schema: &Value) -> BTreeMap<String, BTreeSet<String>> {

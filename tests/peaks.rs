@@ -125,6 +125,8 @@ fn operations_are_timed_on_the_emulated_device_one_by_one_and_replayed() {
     };
     let peaks = json(&output);
     assert_eq!(peaks["ops"]["compute_dtype"], "f16");
+    let kernels = &peaks["ops"]["kernels"];
+    assert!(kernels["resources"]["embed_f16"]["registers"].as_u64().is_some(), "{kernels}");
     assert_ops(&peaks, &["decode/b3/d20", "prefill/b3/i9"]);
     for time in peaks["ops"]["times"].as_array().unwrap() {
         let is_replayed = time["replayed_ns"]["value"].as_f64().is_some_and(|ns| ns > 0.0);

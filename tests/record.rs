@@ -87,13 +87,14 @@ fn real_output_is_valid_by_schema_and_by_identity() {
     }
 }
 
-/// Every record in the repository: what is neither a schema, nor published anchors, nor a calibration.
+/// Every record in the repository: what is neither a schema, nor published anchors, nor a calibration or prediction.
 fn committed_records(folder: &Path) -> Vec<PathBuf> {
     let Ok(entries) = folder.read_dir() else { return Vec::new() };
     let mut found = Vec::new();
     for path in entries.map(|entry| entry.unwrap().path()) {
         let name = path.file_name().unwrap().to_string_lossy().into_owned();
-        if path.is_dir() && !["anchors", "calibrations"].contains(&name.as_str()) {
+        let is_other = ["anchors", "calibrations"].contains(&name.as_str()) || name.ends_with("-predictions");
+        if path.is_dir() && !is_other {
             found.extend(committed_records(&path));
         } else if name.ends_with(".json") && !name.ends_with("schema.json") {
             found.push(path);

@@ -10,6 +10,7 @@ pub mod devices;
 mod energy;
 pub mod nnls;
 pub mod plan;
+pub mod predicted;
 mod quantile;
 mod rng;
 mod roofline;

@@ -16,7 +16,7 @@ pub use cpu::{Cpu, CpuDType};
 pub use cuda::{Cuda, CudaDType, CudaOptions, Form, Gemm};
 pub use reference::Reference;
 
-use crate::record::{Ceilings, CublasLt, KernelResources, Maybe};
+use crate::record::{Ceilings, CublasLt, KernelResources, Kernels, Maybe};
 use crate::weights::HostTensor;
 use crate::weights::synthetic::Recipe;
 
@@ -150,6 +150,22 @@ pub struct KernelInfo {
     pub deterministic: bool,
     /// Kernel and what the driver gives it.
     pub resources: Vec<(String, KernelResources)>,
+}
+
+/// As files hold it.
+impl From<KernelInfo> for Kernels {
+    fn from(info: KernelInfo) -> Self {
+        let origins = info.origins.into_iter().map(|(file, origin)| (file.to_owned(), origin.to_owned()));
+        Kernels {
+            architecture: info.architecture,
+            origins: origins.collect(),
+            form: Maybe::Value(info.form.to_owned()),
+            graphs: info.graphs,
+            dependent_launch: info.dependent_launch,
+            deterministic: info.deterministic,
+            resources: Maybe::Value(info.resources.into_iter().collect()),
+        }
+    }
 }
 
 /// Identifies a step that a backend may capture once and replay: same key, same sequence of operations and shapes.

@@ -1,4 +1,4 @@
-//! `tokmeter report`: records, or a comparison of records, as something to read.
+//! `tokmeter report`: records, a comparison of records, or measurements beside a prediction, as something to read.
 
 use std::fs::File;
 use std::io::BufReader;
@@ -9,6 +9,7 @@ use anyhow::Context as _;
 use super::format;
 use super::price::PriceArgs;
 use crate::analysis::compare::{self, Comparison};
+use crate::analysis::predicted::{self, Measured};
 use crate::cmd::{bad_file, print, remark, usage};
 use crate::record::{self, Maybe, Record};
 use crate::{analysis, report};
@@ -18,9 +19,10 @@ use crate::{analysis, report};
 #[command(after_help = "Examples:\n  tokmeter report tokmeter-cpu-20261122T101112Z.json\n  \
     tokmeter report results/*/*.json --out report.md\n  \
     tokmeter report before.json after.json --out page.html\n  tokmeter report record.json --format json\n  \
-    tokmeter report comparison.json --out page.html\n  tokmeter report record.json --cost costs/rental-h100.toml")]
+    tokmeter report comparison.json --out page.html\n  tokmeter report record.json --cost costs/rental-h100.toml\n  \
+    tokmeter report ops.json record.json --predicted results/2026-11-27-predictions/llama-3.1-8b-bf16.json")]
 pub struct Args {
-    /// Record files, or one file that `compare --format json` wrote
+    /// Record files, or one file that `compare --format json` wrote; with --predicted also what `peaks --ops --out` wrote
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
     /// Write here instead of stdout; the ending .html makes it a page, .json JSON, any other Markdown
@@ -29,6 +31,9 @@ pub struct Args {
     /// Whatever the ending
     #[arg(long, value_name = "FORMAT")]
     format: Option<Format>,
+    /// Lay the files beside this prediction instead: times of steps and operations, and how far they are from it
+    #[arg(long, value_name = "PREDICTION")]
+    predicted: Option<PathBuf>,
     #[command(flatten)]
     price: PriceArgs,
     /// Also report what says that it is no measurement
@@ -61,6 +66,12 @@ impl Format {
 pub fn run(args: Args) -> anyhow::Result<u8> {
     let price = args.price.settle()?;
     let format = args.format.unwrap_or_else(|| Format::of(args.out.as_deref()));
+    if let Some(path) = &args.predicted {
+        if price.is_some() {
+            return Err(usage("a price is for records; a prediction has no prices"));
+        }
+        return beside_prediction(&args, path, format);
+    }
     if let Some(comparison) = comparison(&args)? {
         if price.is_some() {
             return Err(usage("a price is for records; a comparison has no prices"));
@@ -98,6 +109,48 @@ fn write(args: &Args, text: &str) -> anyhow::Result<u8> {
         }
     }
     Ok(0)
+}
+
+/// The files beside a prediction.
+fn beside_prediction(args: &Args, path: &Path, format: Format) -> anyhow::Result<u8> {
+    let prediction =
+        predicted::parse_prediction(&read_text(path)?).map_err(|reason| of_file(path, &reason))?;
+    let measured: Vec<Measured> = args
+        .files
+        .iter()
+        .map(|path| measured(path, args.allow_not_a_measurement))
+        .collect::<anyhow::Result<_>>()?;
+    let beside = predicted::beside(&prediction, &measured);
+    let text = match format {
+        Format::Markdown => report::predicted_markdown(&beside),
+        Format::Html => report::predicted_page(&beside)?,
+        Format::Json => report::predicted_json(&beside)?,
+    };
+    write(args, &text)
+}
+
+/// A record, or the file of `peaks --ops`.
+fn measured(path: &Path, allow_not_a_measurement: bool) -> anyhow::Result<Measured> {
+    let name = path.display().to_string();
+    let text = read_text(path)?;
+    if !predicted::is_peaks(&text) {
+        return Ok(predicted::of_record(name, &read(path, allow_not_a_measurement)?));
+    }
+    let peaks = predicted::parse_peaks(name, &text).map_err(|reason| of_file(path, &reason))?;
+    match &peaks.not_a_measurement {
+        Some(reason) if !allow_not_a_measurement => {
+            Err(of_file(path, &format!("is not a measurement: {reason}")))
+        }
+        _ => Ok(peaks),
+    }
+}
+
+fn read_text(path: &Path) -> anyhow::Result<String> {
+    std::fs::read_to_string(path).map_err(|error| of_file(path, &format!("cannot be read: {error}")))
+}
+
+fn of_file(path: &Path, reason: &str) -> anyhow::Error {
+    bad_file(anyhow::anyhow!("{}: {reason}", path.display()))
 }
 
 /// What a file of ours says first.

@@ -7,16 +7,18 @@ mod html;
 mod markdown;
 mod plan;
 mod plan_markdown;
+mod predicted;
 mod table;
 mod words;
 
 pub use calibration::{calibration, groups};
 pub use comparison::{comparison_json, comparison_markdown, comparison_table};
 pub use data::{csv, json, json_list, jsonl};
-pub use html::{comparison_page, page, plan_page};
+pub use html::{comparison_page, page, plan_page, predicted_page};
 pub use markdown::{document, section};
 pub use plan::{findings, plan};
 pub use plan_markdown::plan_markdown;
+pub use predicted::{predicted_json, predicted_markdown};
 pub use table::table;
 
 use std::collections::BTreeSet;

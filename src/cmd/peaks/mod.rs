@@ -19,7 +19,7 @@ use crate::clock::Clock;
 use crate::machine::{Roots, host_memory};
 use crate::model::op_times::OpTime;
 use crate::model::shape_of;
-use crate::record::{Ceilings, check_place, write_atomically};
+use crate::record::{Ceilings, Kernels, check_place, write_atomically};
 use crate::weights::registry::DEFAULT_MODEL;
 
 /// Probes of one device, the slow ones counted twice.
@@ -109,6 +109,9 @@ struct Ops {
     compute_dtype: String,
     /// `synthetic`, or the format of the file.
     weights: &'static str,
+    /// The kernels that ran, on a GPU.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    kernels: Option<Kernels>,
     times: Vec<OpTime>,
 }
 

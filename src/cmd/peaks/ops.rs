@@ -8,7 +8,7 @@ use crate::cmd::model::{config_of, locate, name_of};
 use crate::cmd::progress::FetchBar;
 use crate::cmd::{bad_file, usage};
 use crate::model::op_times::{OpTimer, StepShape};
-use crate::record::Ceilings;
+use crate::record::{Ceilings, Kernels};
 use crate::weights::registry::DEFAULT_MODEL;
 use crate::weights::synthetic::Synthetic;
 use crate::weights::{Weights, open};
@@ -86,8 +86,14 @@ impl Request {
             captures: matches!(target, Target::Cuda { .. }),
         };
         let times = timer.time_all(&self.shapes)?;
-        let compute_dtype = make(crate::model::shape_of(weights.config()))?.info().compute_dtype.to_owned();
-        Ok(Ops { model: name_of(&self.model), compute_dtype, weights: weights.info().format, times })
+        let info = make(crate::model::shape_of(weights.config()))?.info();
+        Ok(Ops {
+            model: name_of(&self.model),
+            compute_dtype: info.compute_dtype.to_owned(),
+            weights: weights.info().format,
+            kernels: info.kernels.map(Kernels::from),
+            times,
+        })
     }
 }
 

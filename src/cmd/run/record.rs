@@ -3,7 +3,7 @@
 use super::choices::{Choices, Subject};
 use super::start::Started;
 use crate::arch;
-use crate::backend::{KernelInfo, PAGE_SIZE};
+use crate::backend::PAGE_SIZE;
 use crate::clock::{Clock, rfc3339_utc};
 use crate::cmd::device::Target;
 use crate::cmd::remark;
@@ -112,19 +112,6 @@ fn command(choices: &Choices) -> Command {
     }
 }
 
-fn kernels(info: KernelInfo) -> Kernels {
-    let origins = info.origins.into_iter().map(|(file, origin)| (file.to_owned(), origin.to_owned()));
-    Kernels {
-        architecture: info.architecture,
-        origins: origins.collect(),
-        form: Maybe::Value(info.form.to_owned()),
-        graphs: info.graphs,
-        dependent_launch: info.dependent_launch,
-        deterministic: info.deterministic,
-        resources: Maybe::Value(info.resources.into_iter().collect()),
-    }
-}
-
 fn engine(choices: &Choices, started: &Started) -> Engine {
     let info = started.engine.info();
     Engine {
@@ -147,6 +134,6 @@ fn engine(choices: &Choices, started: &Started) -> Engine {
         sampling: "greedy".to_owned(),
         clock_overhead_ns: started.clock.overhead_ns(),
         load_ns: started.load_ns,
-        kernels: given(info.backend.kernels.map(kernels), "no_gpu"),
+        kernels: given(info.backend.kernels.map(Kernels::from), "no_gpu"),
     }
 }

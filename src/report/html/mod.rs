@@ -1,4 +1,4 @@
-//! One self-contained HTML page from records, a comparison of records, or a plan: no script, no request, light and dark,
+//! One self-contained HTML page from records, a comparison of records, a prediction or a plan: no script, no request, light and dark,
 //! readable on paper. Sections are computed as data ([`content`]), charts as SVG ([`chart`]); the template `page.html`
 //! alone lays them out, and escapes whatever comes from a file.
 
@@ -12,6 +12,7 @@ mod gaps;
 mod latency;
 mod look;
 mod plan;
+mod predicted;
 mod results;
 mod roofline;
 mod scale;
@@ -36,6 +37,7 @@ use subject::{Subject, models};
 use svg::printable;
 
 pub use plan::plan_page;
+pub use predicted::page as predicted_page;
 
 const TEMPLATE: &str = "page.html";
 
