@@ -1,13 +1,19 @@
 //! Tells the program how it was built: commit, compiler, target, profile, features, versions of the libraries that
-//! compute. Never fails; a value that cannot be had is `missing:` and the reason.
+//! compute; a value that cannot be had is `missing:` and the reason. And hands it the kernels that were compiled
+//! beforehand, which must be those of the present source: that alone fails a build.
 
 // Printing is how a build script speaks to cargo.
 #![allow(clippy::print_stdout)]
 
 use std::collections::BTreeSet;
 use std::env;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
+
+use prebuilt::Image;
+
+#[path = "build/prebuilt.rs"]
+mod prebuilt;
 
 /// Tracked files that cannot reach the binary: changing them neither makes it dirty nor builds it again.
 const NOT_BUILT: [&str; 2] = ["tests", "results"];
@@ -30,29 +36,43 @@ fn main() {
     tell("FEATURES", Ok(features()));
     tell("TARGET_FEATURES", Ok(env::var("CARGO_CFG_TARGET_FEATURE").unwrap_or_default()));
     tell("LIBRARIES", libraries());
-    embed_prebuilt_kernels();
+    if let Err(error) = embed_kernels() {
+        // Each line is a message of its own for cargo; any of them fails the build.
+        error.lines().for_each(|line| println!("cargo::error={line}"));
+    }
 }
 
-/// Kernels that `scripts/prebuild_kernels.py` compiled go into the binary, so that it needs no compiler: a table
-/// `PREBUILT` of what lies in `kernels/prebuilt/`, which is not tracked and may be empty.
-fn embed_prebuilt_kernels() {
-    let root = env::current_dir().unwrap_or_default();
-    let folder = root.join("kernels/prebuilt");
+/// Writes the table `PREBUILT` of what lies in `kernels/prebuilt/`, which is not tracked and may be empty.
+fn embed_kernels() -> Result<(), String> {
     println!("cargo:rerun-if-changed=kernels");
-    let mut names: Vec<String> = std::fs::read_dir(&folder)
-        .map(|entries| entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect())
-        .unwrap_or_default();
-    names.sort();
+    println!("cargo:rerun-if-changed=build");
+    let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("OUT_DIR is not set")?);
     let mut table = String::from("const PREBUILT: &[Prebuilt] = &[\n");
-    for name in names.iter().filter_map(|name| name.strip_suffix(".cubin")) {
-        let path = folder.join(format!("{name}.cubin"));
-        table.push_str(&format!("    Prebuilt {{ name: {name:?}, image: include_bytes!({path:?}) }},\n"));
+    for image in prebuilt::images(Path::new("kernels"))? {
+        let packed = packed(&image, &out)?;
+        let name = image.name();
+        table.push_str(&format!("    Prebuilt {{ name: {name:?}, packed: include_bytes!({packed:?}) }},\n"));
     }
     table.push_str("];\n");
-    let out = env::var_os("OUT_DIR").unwrap_or_default();
-    if let Err(error) = std::fs::write(Path::new(&out).join("prebuilt.rs"), table) {
-        println!("cargo:warning=the table of prebuilt kernels cannot be written: {error}");
+    write(&out.join("prebuilt.rs"), table.as_bytes())
+}
+
+/// The packed form of `image` in a file below `out`. What an earlier build packed is taken if it is still the same:
+/// this script runs at every change of the source, and packing takes seconds.
+fn packed(image: &Image, out: &Path) -> Result<PathBuf, String> {
+    let code = image.read()?;
+    let path = out.join(format!("{}.{}.packed", image.kernel, image.architecture));
+    let is_same = std::fs::read(&path).is_ok_and(|before| prebuilt::unpack(&before).as_ref() == Some(&code));
+    if !is_same {
+        let packed =
+            prebuilt::pack(&code).map_err(|error| format!("{} cannot be packed: {error}", image.name()))?;
+        write(&path, &packed)?;
     }
+    Ok(path)
+}
+
+fn write(path: &Path, bytes: &[u8]) -> Result<(), String> {
+    std::fs::write(path, bytes).map_err(|error| format!("{}: {error}", path.display()))
 }
 
 fn tell(name: &str, value: Result<String, &str>) {

@@ -1,12 +1,14 @@
 """NVRTC for the scripts beside this file: where the library lies, one compilation of a kernel file to a CUBIN, and the
-name under which the binary looks for that image. Headers, options and the key are those of src/backend/cuda/compile.rs,
-where a test compares them. Needs no GPU and no driver."""
+name under which the binary looks for that image. Headers, options and the key are those of src/backend/cuda/prebuilt.rs;
+a test beside compile.rs compares the names. Needs no GPU and no driver."""
 
+import argparse
 import ctypes
 import glob
 import hashlib
 import os
 import site
+import struct
 import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -25,6 +27,15 @@ class CompileError(Exception):
 def sources(folder=KERNELS):
     """Names of the kernel files, without `.cu`."""
     return sorted(name[: -len(".cu")] for name in os.listdir(folder) if name.endswith(".cu"))
+
+
+def architectures(text):
+    """`sm_80,sm_90a` of a command line as a list."""
+    names = text.split(",")
+    unknown = [name for name in names if name not in ARCHITECTURES]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: expected some of {','.join(ARCHITECTURES)}")
+    return [name for name in ARCHITECTURES if name in names]
 
 
 def read(folder, name):
@@ -107,11 +118,32 @@ class Nvrtc:
         return image, log
 
 
+def is_whole(image):
+    """Whether an image is as long as its ELF header says."""
+    if len(image) < 64 or image[:4] != b"\x7fELF":
+        return False
+    segments, sections = struct.unpack_from("<QQ", image, 32)
+    segment_bytes, segment_count, section_bytes, section_count = struct.unpack_from("<4H", image, 54)
+    return len(image) >= max(segments + segment_bytes * segment_count, sections + section_bytes * section_count)
+
+
+def kept(folder, names, version):
+    """The images among `names` that `folder` holds whole, made by this version of the compiler."""
+    images = {name: read(folder, name) for name in names if os.path.exists(os.path.join(folder, name))}
+    compiler = f"Cuda compilation tools, release {version},".encode()
+    return {name: image for name, image in images.items() if is_whole(image) and compiler in image}
+
+
 def keep(folder, images):
-    """Makes `folder` hold exactly `images`, by their names."""
+    """Makes `folder` hold exactly `images`, by their names; each file is written whole or not at all."""
     os.makedirs(folder, exist_ok=True)
-    for old in glob.glob(os.path.join(folder, "*.cubin")):
-        os.remove(old)
+    held = glob.glob(os.path.join(folder, "*.cubin")) + glob.glob(os.path.join(folder, "*.cubin.tmp"))
+    for old in set(map(os.path.basename, held)) - set(images):
+        os.remove(os.path.join(folder, old))
     for name, image in images.items():
-        with open(os.path.join(folder, name), "wb") as file:
+        path = os.path.join(folder, name)
+        if os.path.exists(path) and read(folder, name) == image:
+            continue
+        with open(path + ".tmp", "wb") as file:
             file.write(image)
+        os.replace(path + ".tmp", path)

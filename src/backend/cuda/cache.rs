@@ -5,8 +5,7 @@
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
-use sha2::{Digest as _, Sha256};
-
+pub(super) use super::prebuilt::digest;
 use crate::weights::fetch;
 
 /// Images of kernels, by (source, headers, options, compiler, architecture).
@@ -20,16 +19,6 @@ pub(super) const ALGORITHMS: Kind =
 
 /// A digest in hexadecimal and a line end.
 const DIGEST_BYTES: usize = 65;
-
-/// SHA-256 of `parts`, each preceded by its length so that no two lists of parts look alike; in hexadecimal.
-pub(super) fn digest<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> String {
-    let mut hasher = Sha256::new();
-    for part in parts {
-        hasher.update((part.len() as u64).to_le_bytes());
-        hasher.update(part);
-    }
-    hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
-}
 
 /// What the files of one cache hold.
 #[derive(Clone, Copy, Debug)]

@@ -6,6 +6,7 @@ use anyhow::{Context as _, bail};
 
 use super::cache::{self, Cache};
 use super::context::Properties;
+use super::prebuilt::{self, HEADERS, OPTIONS};
 use super::{nvrtc, preload};
 
 /// One kernel file.
@@ -33,22 +34,18 @@ pub const SILU: Source = source!("silu");
 pub const PEAKS: Source = source!("peaks");
 
 /// All of them.
+#[cfg(test)]
 const SOURCES: [Source; 9] = [EMBED, NORM, GEMM, ROPE, ATTENTION, SAMPLE, SYNTHETIC, SILU, PEAKS];
 
-/// What the sources include.
-const HEADERS: [(&str, &str); 2] = [
-    ("common.cuh", include_str!("../../../kernels/common.cuh")),
-    ("ptx.cuh", include_str!("../../../kernels/ptx.cuh")),
-];
+/// The texts of [`HEADERS`].
+const HEADER_TEXTS: [&str; HEADERS.len()] =
+    [include_str!("../../../kernels/common.cuh"), include_str!("../../../kernels/ptx.cuh")];
 
-/// Options beside the architecture. These lists and the key are also those of `scripts/nvrtc.py`.
-const OPTIONS: [&str; 2] = ["--std=c++17", "-default-device"];
-
-/// A CUBIN embedded by the build script from `kernels/prebuilt/`.
+/// A CUBIN from `kernels/prebuilt/`, packed by the build script.
 struct Prebuilt {
-    /// `<source>.<arch>.<source key>`
+    /// `<kernel>.<architecture>.<source key>`
     name: &'static str,
-    image: &'static [u8],
+    packed: &'static [u8],
 }
 
 include!(concat!(env!("OUT_DIR"), "/prebuilt.rs"));
@@ -110,12 +107,12 @@ impl Form {
     }
 }
 
-/// Architectures for which this binary carries all its kernels compiled, oldest first.
+/// Architectures for which this binary carries its kernels compiled, oldest first: the build script refuses a part of
+/// them.
 pub fn embedded_architectures() -> Vec<&'static str> {
-    let mut found: Vec<&str> = PREBUILT.iter().filter_map(|kernel| kernel.name.split('.').nth(1)).collect();
+    let mut found: Vec<&str> = PREBUILT.iter().filter_map(|image| image.name.split('.').nth(1)).collect();
     found.sort_unstable_by_key(|name| (name.len(), *name));
     found.dedup();
-    found.retain(|architecture| SOURCES.iter().all(|source| prebuilt(*source, architecture).is_some()));
     found
 }
 
@@ -163,7 +160,9 @@ impl Compiler {
     /// # Errors
     /// When there is no image and no compiler, or it refuses the source.
     pub(super) fn image(&mut self, source: Source) -> anyhow::Result<(Vec<u8>, Origin)> {
-        if let (Form::Sass, Some(ready)) = (self.form, self.without_compiler(source)) {
+        if let Form::Sass = self.form
+            && let Some(ready) = self.without_compiler(source)?
+        {
             return Ok(ready);
         }
         let version = match (self.form, self.find_nvrtc()) {
@@ -187,11 +186,12 @@ impl Compiler {
     }
 
     /// What the stand-in driver takes, or what this binary carries.
-    fn without_compiler(&self, source: Source) -> Option<(Vec<u8>, Origin)> {
+    fn without_compiler(&self, source: Source) -> anyhow::Result<Option<(Vec<u8>, Origin)>> {
         if self.is_emulated {
-            return Some((source.text.as_bytes().to_vec(), Origin::Emulated));
+            return Ok(Some((source.text.as_bytes().to_vec(), Origin::Emulated)));
         }
-        prebuilt(source, &self.architecture).map(|image| (image.to_vec(), Origin::Prebuilt))
+        let Some(prebuilt) = prebuilt(source, &self.architecture) else { return Ok(None) };
+        Ok(Some((prebuilt.image()?, Origin::Prebuilt)))
     }
 
     fn find_nvrtc(&mut self) -> anyhow::Result<String> {
@@ -210,28 +210,35 @@ impl Compiler {
 fn compile(source: Source, form: Form, target: &str) -> anyhow::Result<Vec<u8>> {
     let mut options = vec![format!("--gpu-architecture={target}")];
     options.extend(OPTIONS.map(str::to_owned));
-    nvrtc::compile(&format!("{}.cu", source.name), source.text, &HEADERS, &options, form)
+    let headers: Vec<(&str, &str)> = HEADERS.into_iter().zip(HEADER_TEXTS).collect();
+    nvrtc::compile(&format!("{}.cu", source.name), source.text, &headers, &options, form)
 }
 
-/// What the text of the kernels depends on.
 fn source_key(source: Source) -> String {
-    let options = OPTIONS.join("\n");
-    let headers = HEADERS.iter().flat_map(|(name, text)| [name.as_bytes(), text.as_bytes()]);
-    cache::digest([options.as_bytes(), source.text.as_bytes()].into_iter().chain(headers))
+    prebuilt::source_key(source.text.as_bytes(), &HEADER_TEXTS)
 }
 
 fn cache_key(source: Source, architecture: &str, nvrtc_version: &str) -> String {
-    cache::digest([source_key(source).as_bytes(), architecture.as_bytes(), nvrtc_version.as_bytes()])
+    prebuilt::digest([source_key(source).as_bytes(), architecture.as_bytes(), nvrtc_version.as_bytes()])
 }
 
-fn prebuilt(source: Source, architecture: &str) -> Option<&'static [u8]> {
-    let name = prebuilt_name(source, architecture);
-    PREBUILT.iter().find(|prebuilt| prebuilt.name == name).map(|prebuilt| prebuilt.image)
+fn prebuilt(source: Source, architecture: &str) -> Option<&'static Prebuilt> {
+    let name = prebuilt::image_name(source.name, architecture, &source_key(source));
+    PREBUILT.iter().find(|image| image.name == name)
 }
 
-/// The file of `kernels/prebuilt/`, without `.cubin`, that an embedded image comes from.
-fn prebuilt_name(source: Source, architecture: &str) -> String {
-    format!("{}.{architecture}.{}", source.name, source_key(source))
+impl Prebuilt {
+    /// # Errors
+    /// When the binary is not as it was built.
+    fn image(&self) -> anyhow::Result<Vec<u8>> {
+        prebuilt::unpack(self.packed).with_context(|| {
+            format!(
+                "the compiled kernels in this binary are damaged: {} is not what was packed\nhint: copy or build the \
+                 program again, and hold it against SHA256SUMS of its release",
+                self.name
+            )
+        })
+    }
 }
 
 #[cfg(test)]
@@ -286,18 +293,43 @@ mod tests {
         "mma_peak_f16",
     ];
 
+    /// An image that compresses as machine code does.
+    const MADE_UP: &[u8] = b"\x7fELF, and the same word, the same word, the same word again";
+
+    #[test]
+    fn a_damaged_image_is_an_error_that_says_so() {
+        let packed = prebuilt::pack(MADE_UP).unwrap();
+        assert_eq!(prebuilt::unpack(&packed).as_deref(), Some(MADE_UP));
+        for length in 0..packed.len() {
+            assert_eq!(prebuilt::unpack(&packed[..length]), None, "cut to {length} bytes");
+        }
+        for bit in 0..packed.len() * 8 {
+            let mut damaged = packed.clone();
+            damaged[bit / 8] ^= 1 << (bit % 8);
+            // A bit of the padding after the stream's end changes nothing.
+            let image = prebuilt::unpack(&damaged);
+            assert!(image.is_none() || image.as_deref() == Some(MADE_UP), "bit {bit} flipped");
+        }
+        let cut = Box::leak(packed[..packed.len() - 1].to_vec().into_boxed_slice());
+        let image = Prebuilt { name: "gemm.sm_90a.0", packed: cut };
+        let error = image.image().unwrap_err().to_string();
+        assert!(error.contains("damaged: gemm.sm_90a.0 is not") && error.contains("\nhint: "), "{error}");
+    }
+
     #[test]
     fn the_script_that_compiles_beforehand_gives_the_names_that_are_looked_for() {
         let script = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/prebuild_kernels.py");
-        let run =
-            std::process::Command::new("python3").args([script, "--names", "sm_80", "sm_120a"]).output();
+        let run = std::process::Command::new("python3")
+            .args([script, "--names", "--arch", "sm_80,sm_120a"])
+            .output();
         let output = run.expect("python3, which the tests need");
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         let names = String::from_utf8(output.stdout).unwrap();
+        assert_eq!(names.lines().count(), SOURCES.len() * 2, "other kernels than the program's\n{names}");
         for (source, architecture) in
             SOURCES.iter().flat_map(|source| [(source, "sm_80"), (source, "sm_120a")])
         {
-            let name = prebuilt_name(*source, architecture) + ".cubin";
+            let name = prebuilt::image_name(source.name, architecture, &source_key(*source)) + ".cubin";
             assert!(names.lines().any(|line| line == name), "{name} is not among\n{names}");
         }
     }

@@ -1,6 +1,6 @@
 //! The CUDA backend: our kernels (`kernels/*.cu`), compiled for the very device, launched in one stream. From below:
 //! `library`/`preload` find the software, `error` names what fails, `context`, `memory`, `module` and `launch` own one
-//! driver object each, `compile`/`cache`/`nvrtc` make images, `staging` brings a batch to the device, `kernels` is the
+//! driver object each, `compile`/`prebuilt`/`cache`/`nvrtc` make images, `staging` brings a batch to the device, `kernels` is the
 //! table of entries, `cublaslt` takes the large products where it is there, and `ops` puts them together as a [`super::Backend`]. All `unsafe` code of the crate that computes
 //! is in this folder.
 
@@ -22,6 +22,7 @@ mod module;
 mod nvrtc;
 mod ops;
 mod peaks;
+mod prebuilt;
 mod preload;
 mod products;
 mod queue;
