@@ -5,6 +5,7 @@
 #[path = "common/program.rs"]
 mod program;
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::thread::sleep;
@@ -318,8 +319,38 @@ fn every_verb_has_help_with_examples() {
             );
         }
     }
-    let version = tokmeter(folder.path(), &["--version"]);
-    assert_eq!(version.stdout, format!("tokmeter {}\n", env!("CARGO_PKG_VERSION")));
+}
+
+#[test]
+fn the_version_names_commit_target_and_kernels() {
+    let folder = tempdir().unwrap();
+    let said = |flag: &str| tokmeter(folder.path(), &[flag]).stdout;
+    let long = said("--version");
+    let lines: Vec<&str> = long.lines().collect();
+    assert_eq!(lines[0], format!("tokmeter {}", env!("CARGO_PKG_VERSION")));
+    let value = |key: &str| {
+        lines.iter().find_map(|line| line.strip_prefix(key)).unwrap_or_else(|| panic!("no {key} in\n{long}"))
+    };
+    // Git says which commit this is; a copy of the source outside a checkout says that it is unknown.
+    let head = Command::new("git").args(["rev-parse", "HEAD"]).output();
+    let head = head.ok().filter(|head| head.status.success()).map(|head| String::from_utf8(head.stdout));
+    let commit = value("commit: ");
+    match head {
+        Some(head) => assert_eq!(commit.trim_end_matches("-dirty"), head.unwrap().trim()),
+        None => assert!(commit.starts_with("unknown: "), "{commit}"),
+    }
+    let short = if commit.contains(' ') { commit } else { &commit.replace(&commit[12..40], "") };
+    assert_eq!(said("-V"), format!("tokmeter {} ({short})\n", env!("CARGO_PKG_VERSION")));
+    assert!(value("target: ").starts_with(std::env::consts::ARCH), "{long}");
+    assert!(!value("features: ").is_empty());
+    // The folder that the build embeds, as scripts/prebuild_kernels.py names its files.
+    let images = std::fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels/prebuilt"));
+    let names = images.into_iter().flatten().map(|image| image.unwrap().file_name().into_string().unwrap());
+    let architectures: BTreeSet<String> =
+        names.map(|name| name.split('.').nth(1).unwrap().to_owned()).collect();
+    let listed: BTreeSet<String> =
+        value("kernels: ").split(", ").filter(|name| *name != "none").map(str::to_owned).collect();
+    assert_eq!(listed, architectures);
 }
 
 #[test]

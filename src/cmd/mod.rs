@@ -18,6 +18,7 @@ mod progress;
 mod report;
 mod run;
 mod validate;
+mod version;
 
 use std::io::Write as _;
 
@@ -36,7 +37,8 @@ pub const INTERRUPTED: u8 = 130;
 #[derive(Debug, Parser)]
 #[command(
     name = "tokmeter",
-    version,
+    version = version::one_line(),
+    long_version = version::lines(),
     about = "Measures how many tokens a machine makes per second, per joule and per dollar",
     after_help = "Examples:\n  tokmeter run                              measure this machine with the default model\n  \
                   tokmeter run --batch 1,8 --depth 512      only decoding, at two batch sizes\n  \
