@@ -3,11 +3,16 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod common;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use common::stand_in::{self, Build};
+use common::waived;
 use tempfile::{TempDir, tempdir};
+use tokmeter::backend::cuda::embedded_architectures;
 
 #[path = "../build/prebuilt.rs"]
 mod prebuilt;
@@ -225,4 +230,47 @@ fn the_script_keeps_what_is_of_the_present_source_whole_and_of_the_same_compiler
     assert_eq!(kept("the other was made by an older compiler"), names[0]);
     fs::write(kernels.prebuilt().join(&names[0]), &made_by("13.0")[..100]).unwrap();
     assert_eq!(kept("and the one is cut off"), "");
+}
+
+/// Where the program's file `bytes` holds the packed form of `image`.
+fn position(bytes: &[u8], image: &[u8]) -> usize {
+    // Its head: a digest and a length, which nothing else has.
+    let head = &pack(image).unwrap()[..40];
+    bytes.windows(head.len()).position(|window| window == head).expect("the program carries this image")
+}
+
+#[test]
+fn a_damaged_program_says_so_instead_of_loading_its_kernels() {
+    let Some(driver) = stand_in::driver(Build::Plain) else { return };
+    if !embedded_architectures().contains(&"sm_90a") {
+        return waived("no kernels for sm_90a were compiled before the build: scripts/prebuild_kernels.py");
+    }
+    let folder = tempdir().unwrap();
+    let program = folder.path().join("tokmeter");
+    let run = || {
+        let mut command = Command::new(&program);
+        command.args(["check", "--device", "cuda:0", "-m", "models/tiny/llama", "--prompts"]);
+        command.arg(folder.path().join("prompts.jsonl")).args(["--greedy", "3"]);
+        // By its name a device that is given compiled kernels; what the stand-in runs are its own.
+        command.envs([("EMU_NAME", "NVIDIA H200"), ("EMU_COMPUTE_CAPABILITY", "90")]);
+        let output = command.env("LD_LIBRARY_PATH", &driver).output().unwrap();
+        (output.status.code(), stand_in::stderr(&output))
+    };
+    fs::write(folder.path().join("prompts.jsonl"), "{\"id\": \"a\", \"token_ids\": [5, 6]}\n").unwrap();
+    fs::copy(env!("CARGO_BIN_EXE_tokmeter"), &program).unwrap();
+    let (code, said) = run();
+    assert_eq!(code, Some(0), "{said}");
+
+    let embedded = images(Path::new("kernels")).unwrap();
+    let image =
+        embedded.iter().find(|image| image.kernel == "embed" && image.architecture == "sm_90a").unwrap();
+    let mut bytes = fs::read(&program).unwrap();
+    let at = position(&bytes, &image.read().unwrap());
+    // A byte of the stream, after its head.
+    bytes[at + 60] ^= 0x10;
+    fs::write(&program, bytes).unwrap();
+    let (code, said) = run();
+    let expected = format!("the compiled kernels in this binary are damaged: {} is not what", image.name());
+    assert!(code == Some(1) && said.contains(&expected) && !said.contains("panicked"), "{code:?}: {said}");
+    assert!(said.lines().last().unwrap().starts_with("hint: "), "{said}");
 }
