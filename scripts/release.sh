@@ -31,7 +31,7 @@ step() { printf '== %s\n' "$1" >&2; }
 # The newest symbol version of glibc that a binary asks for.
 glibc_of() {
     local version
-    version=$(objdump -T "$1" | grep -oE '\(GLIBC_[0-9.]+\)' | tr -d '()' | sort -uV | tail -n 1)
+    version=$(objdump -T "$1" | grep -oE '\(GLIBC_[0-9.]+\)' | tr -d '()' | sort -uV | tail -n 1) || version=""
     [ -n "$version" ] || fail "$1 asks for no glibc"
     printf '%s\n' "${version#GLIBC_}"
 }
@@ -48,7 +48,7 @@ python_with_nvrtc() {
     local own=target/ci-python/bin/python
     if [ -x "$own" ] && has_nvrtc "$own"; then echo "$own"; return; fi
     if has_nvrtc python3; then echo python3; return; fi
-    step "a virtual environment with NVRTC" >&2
+    step "a virtual environment with NVRTC"
     python3 -m venv target/ci-python
     "$own" -m pip install --quiet --disable-pip-version-check --requirement scripts/requirements.txt >&2
     has_nvrtc "$own" || fail "NVRTC was not found after pip install -r scripts/requirements.txt"
@@ -121,7 +121,8 @@ changed=$(git status --porcelain)
 target=$(rustc -vV | sed -n 's/^host: //p')
 
 step "kernels for $architectures"
-"$(python_with_nvrtc)" scripts/prebuild_kernels.py --arch "$architectures" >&2
+python=$(python_with_nvrtc)
+"$python" scripts/prebuild_kernels.py --arch "$architectures" >&2
 
 step "binary"
 built=$(build)

@@ -179,6 +179,8 @@ fn the_release_says_which_glibc_the_program_needs() {
     let newest = versions.max().unwrap();
     let newest: Vec<String> = newest.iter().map(u32::to_string).collect();
     assert_eq!(release(&["--glibc-of", BINARY]), (true, newest.join(".") + "\n", String::new()));
+    let (done, _, said) = release(&["--glibc-of", "README.md"]);
+    assert!(!done && said.ends_with("error: README.md asks for no glibc\n"), "{said}");
 }
 
 #[test]
