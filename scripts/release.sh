@@ -14,6 +14,8 @@
 # Needs cargo, git, python3, GNU tar and binutils. NVRTC compiles the kernels; where no Python package brings it, a
 # virtual environment is made in target/ci-python from scripts/requirements.txt.
 set -euo pipefail
+# A failure within $(…) ends the script, too.
+shopt -s inherit_errexit
 cd "$(dirname "$0")/.."
 
 # The oldest glibc that a release should ask for (Debian 10, RHEL 8, Ubuntu 18.10), and the most that it may weigh.
