@@ -159,6 +159,8 @@ fn without_compiler<'a>(home: &'a TempDir, capability: &'a str) -> Vec<(&'a str,
     let mut settings =
         vec![("EMU_NAME", "NVIDIA H200"), ("EMU_COMPUTE_CAPABILITY", capability), ("HOME", home)];
     settings.extend(none.map(|name| (name, "")));
+    // No python3 either, whose packages would be looked through.
+    settings.push(("PATH", ""));
     settings
 }
 

@@ -1,11 +1,14 @@
 //! What CUDA software is here: the driver library and its devices, asked without opening one, and where the libraries
-//! lie that come with a toolkit or with Python packages. Lists only; nothing but the driver library is loaded.
+//! lie that come with a toolkit or with Python packages. Lists only; nothing but the driver library is loaded, and no
+//! program is started but the `python3` that is asked for its packages (`python`).
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use cudarc::driver::result::{DriverError, device, init};
 use cudarc::driver::sys;
+
+use super::python;
 
 /// The driver that came with CUDA 12.2, R535, is the oldest that we call into: cudarc panics on a missing function.
 const OLDEST_CUDA_VERSION: i32 = 12_020;
@@ -185,12 +188,36 @@ pub struct Found {
     pub rule: &'static str,
 }
 
+/// Looks up a variable of the environment.
+pub type Variable<'v> = &'v dyn Fn(&str) -> Option<OsString>;
+
 /// All files of [`LIBRARIES`] in the places where they usually lie, the preferred first. Links to one file count once.
-/// `root` is `/`; `variable` looks up the environment.
-pub fn search(root: &Path, variable: &dyn Fn(&str) -> Option<OsString>) -> Vec<Found> {
+/// `root` is `/`. Starts no program.
+pub fn search(root: &Path, variable: Variable<'_>) -> Vec<Found> {
+    files(folders(root, variable))
+}
+
+/// The same, and last the packages of the `python3` on PATH, which is asked.
+pub fn search_all(root: &Path, variable: Variable<'_>) -> Vec<Found> {
+    let sites = python::sites(variable);
+    let python = packages(&sites).map(|folder| ("python3", folder));
+    files(folders(root, variable).into_iter().chain(python))
+}
+
+/// The files of `library`, the preferred first; `python3` is asked only where they lie nowhere else.
+pub fn search_for(library: &str, root: &Path, variable: Variable<'_>) -> Vec<Found> {
+    let of_library = |mut found: Vec<Found>| {
+        found.retain(|file| file.library == library);
+        found
+    };
+    let found = of_library(search(root, variable));
+    if found.is_empty() { of_library(search_all(root, variable)) } else { found }
+}
+
+fn files(folders: impl IntoIterator<Item = (&'static str, PathBuf)>) -> Vec<Found> {
     let mut found: Vec<Found> = Vec::new();
     let mut seen = std::collections::HashSet::new();
-    for (rule, folder) in folders(root, variable) {
+    for (rule, folder) in folders {
         for (library, path) in libraries_in(&folder) {
             let file = path.canonicalize().unwrap_or_else(|_| path.clone());
             if seen.insert((library, file)) {
@@ -201,7 +228,7 @@ pub fn search(root: &Path, variable: &dyn Fn(&str) -> Option<OsString>) -> Vec<F
     found
 }
 
-fn folders(root: &Path, variable: &dyn Fn(&str) -> Option<OsString>) -> Vec<(&'static str, PathBuf)> {
+fn folders(root: &Path, variable: Variable<'_>) -> Vec<(&'static str, PathBuf)> {
     let list = |rule: &'static str| {
         let value = variable(rule).unwrap_or_default();
         let folders: Vec<PathBuf> =
@@ -209,17 +236,13 @@ fn folders(root: &Path, variable: &dyn Fn(&str) -> Option<OsString>) -> Vec<(&'s
         folders.into_iter().map(move |folder| (rule, folder))
     };
     let toolkit = |rule: &'static str| list(rule).map(|(rule, folder)| (rule, folder.join("lib64")));
-    let python = site_packages(root, variable).into_iter().flat_map(|site| {
-        let torch = site.join("torch/lib");
-        let packages = children(&site.join("nvidia")).into_iter().map(|package| package.join("lib"));
-        packages.chain([torch]).map(|folder| ("python packages", folder))
-    });
     let system = SYSTEM_FOLDERS.iter().map(|folder| ("system", root.join(folder)));
     let mut folders: Vec<(&'static str, PathBuf)> = list(SEARCH_VARIABLE).collect();
     folders.extend(toolkit("CUDA_HOME"));
     folders.extend(toolkit("CUDA_PATH"));
     folders.push(("/usr/local/cuda", root.join("usr/local/cuda/lib64")));
-    folders.extend(python);
+    let sites = site_packages(root, variable);
+    folders.extend(packages(&sites).map(|folder| ("python packages", folder)));
     folders.extend(list("CONDA_PREFIX").map(|(rule, folder)| (rule, folder.join("lib"))));
     folders.extend(list("LD_LIBRARY_PATH"));
     folders.extend(system);
@@ -237,8 +260,16 @@ const SYSTEM_FOLDERS: [&str; 7] = [
     "run/opengl-driver/lib",
 ];
 
+/// Where the packages that hold libraries keep them.
+fn packages(sites: &[PathBuf]) -> impl Iterator<Item = PathBuf> {
+    sites.iter().flat_map(|site| {
+        let nvidia = children(&site.join("nvidia")).into_iter().map(|package| package.join("lib"));
+        nvidia.chain([site.join("torch/lib")])
+    })
+}
+
 /// Folders of Python packages of the active environment, the user and the system. Python itself is not started.
-fn site_packages(root: &Path, variable: &dyn Fn(&str) -> Option<OsString>) -> Vec<PathBuf> {
+fn site_packages(root: &Path, variable: Variable<'_>) -> Vec<PathBuf> {
     let variables = [variable("VIRTUAL_ENV"), variable("CONDA_PREFIX")];
     let mut prefixes: Vec<PathBuf> = variables.into_iter().flatten().map(PathBuf::from).collect();
     prefixes.extend(variable("HOME").map(|home| PathBuf::from(home).join(".local")));
@@ -346,6 +377,33 @@ mod tests {
     #[test]
     fn empty_variables_and_absent_folders_find_nothing() {
         assert_eq!(search(Path::new("/nonexistent"), &|_| Some(OsString::new())), []);
+    }
+
+    #[test]
+    fn the_python3_on_path_is_asked_last_and_only_for_what_lies_nowhere_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path();
+        touch(root, "usr/lib64/libnvrtc.so.12");
+        touch(root, "conda/site/nvidia/cu13/lib/libnvrtc.so.13");
+        touch(root, "conda/site/torch/lib/libcublasLt.so.12");
+        let site = root.join("conda/site");
+        let program =
+            python::tests::script(root, &format!("echo {}; echo asked >> {0}/asked", site.display()));
+        let path = program.parent().unwrap().as_os_str().to_owned();
+        let variable = |name: &str| (name == "PATH").then(|| path.clone());
+        let is_asked = || site.join("asked").exists();
+        let named = |found: Vec<Found>| names(root, &found);
+        let system = ("usr/lib64/libnvrtc.so.12".to_owned(), "system");
+        assert_eq!(named(search(root, &variable)), [system.clone()]);
+        assert_eq!(named(search_for("libnvrtc.so", root, &variable)), [system.clone()]);
+        assert!(!is_asked(), "nothing was missing");
+        let torch = ("conda/site/torch/lib/libcublasLt.so.12".to_owned(), "python3");
+        assert_eq!(named(search_for("libcublasLt.so", root, &variable)), [torch.clone()]);
+        assert!(is_asked());
+        let own = ("conda/site/nvidia/cu13/lib/libnvrtc.so.13".to_owned(), "python3");
+        assert_eq!(named(search_all(root, &variable)), [system, own, torch]);
+        assert_eq!(named(search_for("libcuda.so", root, &variable)), []);
+        assert_eq!(std::fs::read_to_string(site.join("asked")).unwrap(), "asked\n", "asked once");
     }
 
     #[test]

@@ -25,6 +25,7 @@ mod peaks;
 mod prebuilt;
 mod preload;
 mod products;
+mod python;
 mod queue;
 mod samples;
 mod staging;

@@ -7,6 +7,9 @@ use std::sync::Mutex;
 use super::context::Properties;
 use super::library::{self, Found, SEARCH_VARIABLE};
 
+const NVRTC: &str = "libnvrtc.so";
+const CUBLASLT: &str = "libcublasLt.so";
+
 /// Libraries loaded so far, so that each is loaded once.
 static LOADED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 
@@ -16,8 +19,8 @@ static LOADED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 /// When none is found, or it cannot be loaded.
 #[allow(unsafe_code)]
 pub(super) fn nvrtc(driver_cuda_version: i32) -> anyhow::Result<Option<PathBuf>> {
-    let found = library::search(Path::new("/"), &|name| std::env::var_os(name));
-    let chosen = choose(&found, "libnvrtc.so", driver_cuda_version / 1000);
+    let found = library::search_for(NVRTC, Path::new("/"), &|name| std::env::var_os(name));
+    let chosen = choose(&found, NVRTC, driver_cuda_version / 1000);
     if let Some(chosen) = chosen {
         // Some releases look for this one without knowing where they lie themselves.
         for builtins in beside(chosen, "libnvrtc-builtins.so") {
@@ -39,7 +42,7 @@ pub(super) fn nvrtc(driver_cuda_version: i32) -> anyhow::Result<Option<PathBuf>>
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "cuBLASLt (libcublasLt.so) was not found in {SEARCH_VARIABLE}, CUDA_HOME, CUDA_PATH, /usr/local/cuda, Python \
-     packages, CONDA_PREFIX, LD_LIBRARY_PATH and the system's folders\nhint: pip install nvidia-cublas, name its \
+     packages (also those of the python3 on PATH), CONDA_PREFIX, LD_LIBRARY_PATH and the system's folders\nhint: pip install nvidia-cublas, name its \
      folder in {SEARCH_VARIABLE}, or use --gemm own"
 )]
 pub(super) struct NoCublasLt;
@@ -51,11 +54,15 @@ pub(super) struct NoCublasLt;
 /// [`NoCublasLt`], or when it cannot be loaded.
 #[allow(unsafe_code)]
 pub(super) fn cublaslt(device: &Properties) -> anyhow::Result<()> {
-    let mut found = library::search(Path::new("/"), &|name| std::env::var_os(name));
-    if device.is_emulated() {
+    let (root, variable) = (Path::new("/"), |name: &str| std::env::var_os(name));
+    let found = if device.is_emulated() {
+        let mut found = library::search(root, &variable);
         found.retain(|file| file.rule == SEARCH_VARIABLE);
-    }
-    let chosen = choose(&found, "libcublasLt.so", device.driver_cuda_version / 1000);
+        found
+    } else {
+        library::search_for(CUBLASLT, root, &variable)
+    };
+    let chosen = choose(&found, CUBLASLT, device.driver_cuda_version / 1000);
     if let Some(chosen) = chosen {
         load(chosen)?;
     }

@@ -221,7 +221,7 @@ fn look(asked: Asked) -> Findings {
     let variable = |name: &str| std::env::var_os(name).filter(|value: &OsString| !value.is_empty());
     let interference = machine::observe(&roots, &Clock::monotonic(), OBSERVE_NS);
     let machine = machine::capture(&roots, &Library::open_default());
-    let libraries = library::search(&roots.root, &variable);
+    let libraries = library::search_all(&roots.root, &variable);
     let (devices, can_run) = device::look(asked, &machine, &library::devices(), &libraries);
     let sections = [
         host::processor(&machine),
