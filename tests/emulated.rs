@@ -9,6 +9,8 @@ mod common;
 mod fake_nvml;
 
 use std::path::Path;
+use std::process::Output;
+use std::sync::LazyLock;
 
 use common::stand_in::{Build, run_test, stderr, tokmeter};
 use tokmeter::arch::TensorRole;
@@ -47,14 +49,22 @@ fn in_every_order(name: &str) {
 
 const OPS: [&str; 7] = ["embed", "attn_in", "attention", "attn_out", "mlp_in", "mlp_out", "logits"];
 
-/// `check --device cuda:0` as a user runs it: its exit code and what it printed.
-fn check(build: Build, dtype: &str, settings: &[(&str, &str)]) -> Option<(i32, serde_json::Value)> {
+/// `check --device cuda:0` as a user runs it.
+fn check(build: Build, dtype: &str, settings: &[(&str, &str)]) -> Option<Output> {
     let arguments =
         ["check", "--device", "cuda:0", "--dtype", dtype, "-m", TINY[0], "--offline", "--format", "json"];
-    let output = tokmeter(build, settings, &arguments)?;
+    tokmeter(build, settings, &arguments)
+}
+
+/// The one that several tests look at, with contexts and modules told.
+static CHECK_IN_BF16: LazyLock<Option<Output>> =
+    LazyLock::new(|| check(Build::Plain, "bf16", &[("EMU_TRACE", "loads")]));
+
+/// Its exit code and what it printed.
+fn checked(output: &Output) -> (i32, serde_json::Value) {
     let report =
-        serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {}", stderr(&output)));
-    Some((output.status.code().unwrap(), report))
+        serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {}", stderr(output)));
+    (output.status.code().unwrap(), report)
 }
 
 fn failed(parts: &serde_json::Value, name: &str) -> Vec<String> {
@@ -62,8 +72,8 @@ fn failed(parts: &serde_json::Value, name: &str) -> Vec<String> {
     parts.map(|part| part[name].as_str().unwrap().to_owned()).collect()
 }
 
-fn assert_all_agree(dtype: &str, settings: &[(&str, &str)]) {
-    let Some((code, report)) = check(Build::Plain, dtype, settings) else { return };
+fn assert_all_agree(dtype: &str, output: &Output) {
+    let (code, report) = checked(output);
     assert_eq!((code, &report["passed"]), (0, &true.into()), "{report:#}");
     assert_eq!((&report["backend"], &report["compute_dtype"]), (&"cuda".into(), &dtype.into()));
     for op in OPS {
@@ -76,17 +86,20 @@ fn assert_all_agree(dtype: &str, settings: &[(&str, &str)]) {
 
 #[test]
 fn every_operation_in_bf16_agrees_with_the_reference() {
-    assert_all_agree("bf16", &[]);
+    let Some(output) = &*CHECK_IN_BF16 else { return };
+    assert_all_agree("bf16", output);
 }
 
 #[test]
 fn every_operation_in_f16_agrees_with_the_reference() {
-    assert_all_agree("f16", &[("EMU_ORDER", "reverse")]);
+    let Some(output) = check(Build::Plain, "f16", &[("EMU_ORDER", "reverse")]) else { return };
+    assert_all_agree("f16", &output);
 }
 
 #[test]
 fn a_wrong_kernel_fails_the_check_by_the_name_of_its_operation() {
-    let Some((code, report)) = check(Build::WrongAttention, "bf16", &[]) else { return };
+    let Some(output) = check(Build::WrongAttention, "bf16", &[]) else { return };
+    let (code, report) = checked(&output);
     assert_eq!((code, failed(&report["ops"], "op")), (1, vec!["attention".to_owned()]));
     assert!(!failed(&report["forward"], "case").is_empty(), "{report:#}");
 }
@@ -504,6 +517,22 @@ fn kernels_that_the_driver_compiles_make_the_same_tokens_and_say_their_form() {
         refused.contains(expected) && refused.contains("install a driver as new as the kernel compiler"),
         "{refused}"
     );
+}
+
+/// How often the stand-in driver said `what`.
+fn said(output: &Output, what: &str) -> usize {
+    stderr(output).lines().filter(|line| *line == format!("emulated GPU: {what}")).count()
+}
+
+#[test]
+fn a_check_of_many_backends_opens_the_device_and_loads_each_kernel_file_once() {
+    let Some(output) = &*CHECK_IN_BF16 else { return };
+    assert!(output.status.success(), "{}", stderr(output));
+    assert_eq!((said(output, "context retained"), said(output, "context released")), (1, 0));
+    let files = std::fs::read_dir("kernels").unwrap().map(|entry| entry.unwrap().file_name());
+    // Those of the ceilings are not needed here.
+    let needed = files.filter(|name| name.as_encoded_bytes().ends_with(b".cu") && name != "peaks.cu").count();
+    assert_eq!((said(output, "module loaded"), said(output, "module unloaded")), (needed, 0));
 }
 
 #[test]

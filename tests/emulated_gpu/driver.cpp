@@ -1,6 +1,7 @@
 // A stand-in libcuda.so.1: the driver calls that the host code makes, with kernels run by emulation.h. The order of
 // events is the worst that CUDA allows: work of a stream runs only when someone synchronises, asks an event or copies
-// back; an asynchronous copy to the host shows poison until then; a copy from pinned memory reads it late.
+// back; an asynchronous copy to the host shows poison until then; a copy from pinned memory reads it late. When the primary
+// context is released for the last time, everything that was made in it is gone.
 //
 //   g++ -std=c++20 -O1 -ffp-contract=off -fno-strict-aliasing -DCUDA_EMU -shared -fPIC -I tests/emulated_gpu -I kernels
 //       tests/emulated_gpu/driver.cpp -o libcuda.so.1            (-g -fsanitize=address: out of bounds at the kernel's
@@ -11,8 +12,9 @@
 //   EMU_ORDER forward | reverse | seed · EMU_NO_DEVICE=1 · EMU_MEMORY_BYTES (512 MiB) · EMU_OTHER_BYTES: held by someone
 //   else · EMU_COMPUTE_CAPABILITY (90) · EMU_MULTIPROCESSORS (4) · EMU_DRIVER_VERSION (13000; 12020 with EMU_OLD_DRIVER) ·
 //   EMU_LOSE_AFTER=n: the device fails at the n-th embed · EMU_L2_BYTES (16384: probes of the memory stay small) ·
-//   EMU_TRACE=1: each operation as it runs, to stderr · EMU_NAME: of the device (one without `emulated` is given compiled
-//   kernels, whose code is ignored) · EMU_MODULE_ERROR=code: the answer to every image
+//   EMU_TRACE=1: each operation as it runs, to stderr; EMU_TRACE=loads: contexts and modules as they come and go ·
+//   EMU_NAME: of the device (one without `emulated` is given compiled kernels, whose code is ignored) ·
+//   EMU_MODULE_ERROR=code: the answer to every image
 #include <mutex>
 #include <string>
 #include <set>
@@ -35,7 +37,7 @@
 namespace {
 enum Result {
     SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_INITIALIZED = 3, NO_DEVICE = 100, INVALID_DEVICE = 101, INVALID_IMAGE = 200,
-    INVALID_CONTEXT = 201, INVALID_PTX = 218, INVALID_HANDLE = 400, NOT_FOUND = 500, NOT_READY = 600, LAUNCH_OUT_OF_RESOURCES = 701, LAUNCH_FAILED = 719,
+    INVALID_CONTEXT = 201, INVALID_PTX = 218, INVALID_HANDLE = 400, NOT_FOUND = 500, NOT_READY = 600, LAUNCH_OUT_OF_RESOURCES = 701, CONTEXT_IS_DESTROYED = 709, LAUNCH_FAILED = 719,
     NOT_SUPPORTED = 801, CAPTURE_UNSUPPORTED = 900, CAPTURE_INVALIDATED = 901, CAPTURE_UNMATCHED = 903,
 };
 struct Name {
@@ -58,6 +60,7 @@ constexpr Name NAMES[] = {
     {500, "CUDA_ERROR_NOT_FOUND", "named symbol not found"},
     {600, "CUDA_ERROR_NOT_READY", "device not ready"},
     {701, "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES", "too many resources requested for launch"},
+    {709, "CUDA_ERROR_CONTEXT_IS_DESTROYED", "context is destroyed"},
     {719, "CUDA_ERROR_LAUNCH_FAILED", "unspecified launch failure"},
     {801, "CUDA_ERROR_NOT_SUPPORTED", "operation not supported"},
     {900, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", "operation not permitted when stream is capturing"},
@@ -68,6 +71,10 @@ constexpr Name NAMES[] = {
 u64 setting(const char* name, u64 otherwise) {
     const char* text = getenv(name);
     return text ? strtoull(text, nullptr, 10) : otherwise;
+}
+bool is_set_to(const char* name, const char* value) {
+    const char* text = getenv(name);
+    return text && !strcmp(text, value);
 }
 #ifdef EMU_OLD_DRIVER
 constexpr int DRIVER_VERSION = 12020;
@@ -127,6 +134,9 @@ struct Stream {
     std::deque<Operation> waiting;
     std::shared_ptr<Capture> capture;
 };
+struct Context {
+    unsigned retained = 0;
+};
 struct State {
     std::recursive_mutex lock;
     bool initialized = false;
@@ -136,18 +146,32 @@ struct State {
     std::map<void*, size_t> pinned;
     std::set<Stream*> streams;
     Stream legacy;
+    Context* primary = nullptr;
+    std::set<const void*> live;  // streams, events, modules, kernels and graphs of the primary context
+    std::set<const void*> dead;  // and what is gone: it keeps its memory, so that a late use of it is seen
 };
 State& state() {
     static State* it = new State;  // outlives whoever calls at exit
     return *it;
 }
 thread_local void* current_context = nullptr;
-char the_context;
 
 bool tracing() {
-    static bool it = getenv("EMU_TRACE") != nullptr;
+    static bool it = getenv("EMU_TRACE") && !is_set_to("EMU_TRACE", "loads");
     return it;
 }
+void trace_load(const char* what) {
+    static bool it = getenv("EMU_TRACE") != nullptr;
+    if (it) fprintf(stderr, "emulated GPU: %s\n", what);
+}
+
+template <class T>
+T* made(T* object) {
+    state().live.insert(object);
+    return object;
+}
+bool is_live(const void* object) { return state().live.count(object); }
+bool is_stream(const void* handle) { return reinterpret_cast<u64>(handle) <= 2 || is_live(handle); }
 
 /// Time that kernels have run, and since when one runs; 0 while none does.
 std::atomic<uint64_t> busy_ns{0}, busy_since{0};
@@ -189,6 +213,7 @@ Stream& stream_of(void* handle) {
     return reinterpret_cast<u64>(handle) <= 2 ? state().legacy : *static_cast<Stream*>(handle);
 }
 int queue(void* handle, Operation operation) {
+    if (!is_stream(handle)) return INVALID_HANDLE;
     Stream& stream = stream_of(handle);
     if (stream.capture) {
         if (stream.capture->broken) return CAPTURE_INVALIDATED;
@@ -240,6 +265,19 @@ int release(u64 address) {
     return SUCCESS;
 }
 
+/// The end of the primary context and of all that was made in it.
+void tear_down() {
+    state().dead.merge(state().live);
+    state().dead.insert(state().primary);
+    state().primary = nullptr;
+    state().live.clear();
+    state().streams.clear();
+    state().legacy.waiting.clear();
+    while (!state().memory.empty()) release(state().memory.begin()->first);
+    for (auto [address, size] : state().pinned) free(address);
+    state().pinned.clear();
+}
+
 int capability() { return int(setting("EMU_COMPUTE_CAPABILITY", 90)); }
 int shared_limit() { return capability() == 90 || capability() / 10 == 10 ? 232448 : capability() == 80 ? 166912 : 101376; }
 
@@ -277,10 +315,16 @@ int attribute(int which) {
     std::lock_guard guard(state().lock); \
     if (!state().initialized) return NOT_INITIALIZED; \
     if (!current_context) return INVALID_CONTEXT; \
+    if (current_context != state().primary) return CONTEXT_IS_DESTROYED; \
     if (state().lost) return state().lost
 
+/// And a stream of this context.
+#define NEEDS_STREAM \
+    NEEDS_CONTEXT; \
+    if (!is_stream(stream)) return INVALID_HANDLE
+
 int launch(Function* function, emu::Dim grid, emu::Dim block, unsigned shared, void* stream, void** arguments, bool pdl) {
-    if (!function) return INVALID_HANDLE;
+    if (!is_live(function)) return INVALID_HANDLE;
     if (grid.count() == 0 || block.count() == 0 || grid.y > 65535 || grid.z > 65535) return INVALID_VALUE;
     if (block.count() > size_t(function->most_threads)) return LAUNCH_OUT_OF_RESOURCES;
     if (int(shared) > function->dynamic_shared) return INVALID_VALUE;
@@ -317,8 +361,20 @@ API cuDeviceGetUuid_v2(unsigned char* uuid, int) { return memset(uuid, 0xE0, 16)
 API cuDeviceGetPCIBusId(char* text, int size, int) { return snprintf(text, size_t(size), "0000:00:00.0"), SUCCESS; }
 API cuDeviceTotalMem_v2(size_t* bytes, int) { return *bytes = setting("EMU_MEMORY_BYTES", 512ull << 20), SUCCESS; }
 API cuDeviceGetAttribute(int* value, int which, int) { return *value = attribute(which), SUCCESS; }
-API cuDevicePrimaryCtxRetain(void** context, int) { return *context = &the_context, state().initialized ? SUCCESS : NOT_INITIALIZED; }
-API cuDevicePrimaryCtxRelease_v2(int) { return SUCCESS; }
+API cuDevicePrimaryCtxRetain(void** context, int) {
+    std::lock_guard guard(state().lock);
+    if (!state().initialized) return NOT_INITIALIZED;
+    if (!state().primary) state().primary = new Context;
+    trace_load("context retained");
+    return ++state().primary->retained, *context = state().primary, SUCCESS;
+}
+API cuDevicePrimaryCtxRelease_v2(int) {
+    std::lock_guard guard(state().lock);
+    if (!state().primary) return INVALID_CONTEXT;
+    trace_load("context released");
+    if (--state().primary->retained == 0) tear_down();
+    return SUCCESS;
+}
 API cuCtxSetCurrent(void* context) { return current_context = context, SUCCESS; }
 API cuCtxGetCurrent(void** context) { return *context = current_context, SUCCESS; }
 API cuCtxGetDevice(int* device) { return *device = 0, SUCCESS; }
@@ -352,12 +408,12 @@ API cuMemFree_v2(u64 address) {
     return release(address);
 }
 API cuMemAllocAsync(u64* address, size_t bytes, void* stream) {
-    NEEDS_CONTEXT;
+    NEEDS_STREAM;
     if (stream_of(stream).capture) return forbidden_in_capture();
     return allocate(address, bytes);
 }
 API cuMemFreeAsync(u64 address, void* stream) {
-    NEEDS_CONTEXT;
+    NEEDS_STREAM;
     if (stream_of(stream).capture) return forbidden_in_capture();
     return queue(stream, {[=] { release(address); }, {}});
 }
@@ -377,14 +433,14 @@ API cuMemFreeHost(void* address) {
     return SUCCESS;
 }
 API cuMemcpyHtoDAsync_v2(u64 to, const void* from, size_t bytes, void* stream) {
-    NEEDS_CONTEXT;
+    NEEDS_STREAM;
     if (!is_device_range(to, bytes)) return INVALID_VALUE;
     if (is_pinned(from) || stream_of(stream).capture) return queue(stream, {[=] { memcpy(reinterpret_cast<void*>(to), from, bytes); }, {}});
     auto staged = std::make_shared<std::string>(static_cast<const char*>(from), bytes);  // pageable: the call takes a copy
     return queue(stream, {[=] { memcpy(reinterpret_cast<void*>(to), staged->data(), bytes); }, {}});
 }
 API cuMemcpyDtoHAsync_v2(void* to, u64 from, size_t bytes, void* stream) {
-    NEEDS_CONTEXT;
+    NEEDS_STREAM;
     if (!is_device_range(from, bytes)) return INVALID_VALUE;
     if (!stream_of(stream).capture) memset(to, emu::POISON, bytes);
     return queue(stream, {[=] { memcpy(to, reinterpret_cast<void*>(from), bytes); }, {}});
@@ -418,49 +474,54 @@ API cuMemsetD8_v2(u64 to, unsigned char value, size_t bytes) { return blocking(c
 // ---- Streams and events -------------------------------------------------------------------------------------------
 API cuStreamCreate(void** stream, unsigned) {
     NEEDS_CONTEXT;
-    Stream* made = new Stream;
-    state().streams.insert(made);
-    *stream = made;
+    Stream* it = made(new Stream);
+    state().streams.insert(it);
+    *stream = it;
     return SUCCESS;
 }
 API cuStreamCreateWithPriority(void** stream, unsigned flags, int) { return cuStreamCreate(stream, flags); }
 API cuStreamDestroy_v2(void* stream) {
     std::lock_guard guard(state().lock);
     Stream* gone = static_cast<Stream*>(stream);
-    if (!state().streams.count(gone)) return INVALID_HANDLE;
+    if (!state().live.erase(gone)) return INVALID_HANDLE;
     drain(*gone);
     state().streams.erase(gone);
     delete gone;
     return SUCCESS;
 }
 API cuStreamSynchronize(void* stream) {
-    NEEDS_CONTEXT;
+    NEEDS_STREAM;
     if (stream_of(stream).capture) return forbidden_in_capture();
     drain(stream_of(stream));
     return state().lost;
 }
 API cuStreamQuery(void* stream) {
-    NEEDS_CONTEXT;
+    NEEDS_STREAM;
     if (stream_of(stream).capture) return forbidden_in_capture();
     bool busy = !stream_of(stream).waiting.empty();
     drain(stream_of(stream));
     return state().lost ? state().lost : busy ? NOT_READY : SUCCESS;
 }
-API cuStreamGetCtx(void*, void** context) { return *context = &the_context, SUCCESS; }
+API cuStreamGetCtx(void* stream, void** context) {
+    NEEDS_STREAM;
+    return *context = state().primary, SUCCESS;
+}
 API cuEventCreate(void** event, unsigned) {
     NEEDS_CONTEXT;
-    *event = new Event;
+    *event = made(new Event);
     return SUCCESS;
 }
 API cuEventDestroy_v2(void* event) {
     std::lock_guard guard(state().lock);
     Event* gone = static_cast<Event*>(event);
+    if (!state().live.erase(gone)) return INVALID_HANDLE;
     if (gone->stream && gone->done < gone->recorded) drain(*gone->stream);
     delete gone;
     return SUCCESS;
 }
 API cuEventRecord(void* event, void* stream) {
-    NEEDS_CONTEXT;
+    NEEDS_STREAM;
+    if (!is_live(event)) return INVALID_HANDLE;
     Event* e = static_cast<Event*>(event);
     Stream& s = stream_of(stream);
     if (s.capture) {
@@ -474,12 +535,14 @@ API cuEventRecord(void* event, void* stream) {
 API cuEventRecordWithFlags(void* event, void* stream, unsigned) { return cuEventRecord(event, stream); }
 API cuEventSynchronize(void* event) {
     NEEDS_CONTEXT;
+    if (!is_live(event)) return INVALID_HANDLE;
     Event* e = static_cast<Event*>(event);
     if (e->done < e->recorded) drain(*e->stream);
     return state().lost;
 }
 API cuEventQuery(void* event) {
     NEEDS_CONTEXT;
+    if (!is_live(event)) return INVALID_HANDLE;
     Event* e = static_cast<Event*>(event);
     bool busy = e->done < e->recorded;
     if (busy) drain(*e->stream);
@@ -487,6 +550,7 @@ API cuEventQuery(void* event) {
 }
 API cuEventElapsedTime(float* milliseconds, void* start, void* end) {
     NEEDS_CONTEXT;
+    if (!is_live(start) || !is_live(end)) return INVALID_HANDLE;
     Event *a = static_cast<Event*>(start), *b = static_cast<Event*>(end);
     if (!a->recorded || !b->recorded) return INVALID_HANDLE;
     if (a->done < a->recorded || b->done < b->recorded) return NOT_READY;
@@ -497,7 +561,8 @@ API cuEventElapsedTime(float* milliseconds, void* start, void* end) {
 API cuEventElapsedTime_v2(float* milliseconds, void* start, void* end) { return cuEventElapsedTime(milliseconds, start, end); }
 #endif
 API cuStreamWaitEvent(void* stream, void* event, unsigned) {
-    NEEDS_CONTEXT;
+    NEEDS_STREAM;
+    if (!is_live(event)) return INVALID_HANDLE;
     Event* e = static_cast<Event*>(event);
     Stream& s = stream_of(stream);
     for (Stream* other : state().streams) {
@@ -513,7 +578,7 @@ API cuLaunchHostFunc(void* stream, void (*function)(void*), void* data) {
 
 // ---- Capture and graphs -------------------------------------------------------------------------------------------
 API cuStreamBeginCapture_v2(void* stream, int) {
-    NEEDS_CONTEXT;
+    NEEDS_STREAM;
     Stream& s = stream_of(stream);
     if (&s == &state().legacy || s.capture) return CAPTURE_UNSUPPORTED;
     s.capture = std::make_shared<Capture>();
@@ -521,13 +586,13 @@ API cuStreamBeginCapture_v2(void* stream, int) {
     return SUCCESS;
 }
 API cuStreamIsCapturing(void* stream, int* status) {
-    NEEDS_CONTEXT;
+    NEEDS_STREAM;
     auto& capture = stream_of(stream).capture;
     *status = !capture ? 0 : capture->broken ? 2 : 1;
     return SUCCESS;
 }
 API cuStreamEndCapture(void* stream, void** graph) {
-    NEEDS_CONTEXT;
+    NEEDS_STREAM;
     *graph = nullptr;
     auto capture = stream_of(stream).capture;
     if (!capture || capture->origin != &stream_of(stream)) return CAPTURE_UNMATCHED;
@@ -540,32 +605,43 @@ API cuStreamEndCapture(void* stream, void** graph) {
 }
 API cuGraphInstantiateWithFlags(void** executable, void* graph, u64) {
     NEEDS_CONTEXT;
-    *executable = new Graph(*static_cast<Graph*>(graph));
+    *executable = made(new Graph(*static_cast<Graph*>(graph)));
     return SUCCESS;
 }
 API cuGraphUpload(void*, void*) { return SUCCESS; }
 API cuGraphLaunch(void* executable, void* stream) {
-    NEEDS_CONTEXT;
+    NEEDS_STREAM;
+    if (!is_live(executable)) return INVALID_HANDLE;
     for (const Operation& operation : static_cast<Graph*>(executable)->operations) {
         if (int error = queue(stream, operation)) return error;
     }
     return SUCCESS;
 }
 API cuGraphGetNodes(void* graph, void**, size_t* count) { return *count = static_cast<Graph*>(graph)->operations.size(), SUCCESS; }
-API cuGraphExecDestroy(void* executable) { return delete static_cast<Graph*>(executable), SUCCESS; }
+API cuGraphExecDestroy(void* executable) {
+    std::lock_guard guard(state().lock);
+    if (!state().live.erase(executable)) return INVALID_HANDLE;
+    return delete static_cast<Graph*>(executable), SUCCESS;
+}
 API cuGraphDestroy(void* graph) { return delete static_cast<Graph*>(graph), SUCCESS; }
 
 // ---- Modules and launches -----------------------------------------------------------------------------------------
 struct Module {
     /// Intermediate code; empty for any other image.
     std::string ptx;
+    /// Those that were asked for.
+    std::map<std::string, Function> functions;
 };
+int loaded(void** module, std::string ptx) {
+    trace_load("module loaded");
+    *module = made(new Module{std::move(ptx), {}});
+    return SUCCESS;
+}
 API cuModuleLoadData(void** module, const void* image) {
     NEEDS_CONTEXT;
     if (int error = int(setting("EMU_MODULE_ERROR", 0))) return error;
     if (!image || !*static_cast<const char*>(image)) return INVALID_IMAGE;
-    *module = new Module;
-    return SUCCESS;
+    return loaded(module, "");
 }
 /// Intermediate code must look like it, and be for this device's architecture or an older one. What it says is not run.
 API cuModuleLoadDataEx(void** module, const void* image, unsigned count, int* options, void** values) {
@@ -586,21 +662,30 @@ API cuModuleLoadDataEx(void** module, const void* image, unsigned count, int* op
     size_t target = ptx.find("\n.target sm_");
     if (ptx.find("\n.version ") == std::string::npos || target == std::string::npos) return fail(INVALID_PTX, "ptxas: no intermediate code");
     if (atoi(ptx.c_str() + target + 12) > capability()) return fail(INVALID_PTX, "ptxas: for a newer device");
-    *module = new Module{ptx};
+    return loaded(module, ptx);
+}
+API cuModuleUnload(void* module) {
+    NEEDS_CONTEXT;
+    if (!state().live.erase(module)) return INVALID_HANDLE;
+    trace_load("module unloaded");
+    state().dead.insert(module);
+    for (auto& [name, function] : static_cast<Module*>(module)->functions) state().live.erase(&function);
     return SUCCESS;
 }
-API cuModuleUnload(void* module) { return delete static_cast<Module*>(module), SUCCESS; }
 API cuModuleGetFunction(void** function, void* module, const char* name) {
     NEEDS_CONTEXT;
+    if (!is_live(module)) return INVALID_HANDLE;
     const std::string& ptx = static_cast<Module*>(module)->ptx;
     if (!ptx.empty() && ptx.find(".entry " + std::string(name) + "(") == std::string::npos) return NOT_FOUND;
     auto found = functions().find(name);
     if (found == functions().end()) return NOT_FOUND;
-    *function = &found->second;
+    *function = made(&static_cast<Module*>(module)->functions.insert(*found).first->second);
     return SUCCESS;
 }
 API cuModuleGetGlobal_v2(u64*, size_t*, void*, const char*) { return NOT_FOUND; }
 API cuFuncGetAttribute(int* value, int which, void* function) {
+    NEEDS_CONTEXT;
+    if (!is_live(function)) return INVALID_HANDLE;
     Function* f = static_cast<Function*>(function);
     switch (which) {
         case 0: *value = f->most_threads; break;
@@ -612,6 +697,8 @@ API cuFuncGetAttribute(int* value, int which, void* function) {
     return SUCCESS;
 }
 API cuFuncSetAttribute(void* function, int which, int value) {
+    NEEDS_CONTEXT;
+    if (!is_live(function)) return INVALID_HANDLE;
     if (which == 8 && (value < 0 || value > shared_limit())) return INVALID_VALUE;
     if (which == 8) static_cast<Function*>(function)->dynamic_shared = std::max(value, 48 << 10);
     return SUCCESS;
@@ -619,7 +706,7 @@ API cuFuncSetAttribute(void* function, int which, int value) {
 API cuFuncSetCacheConfig(void*, int) { return SUCCESS; }
 API cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void* function, int threads, size_t shared) {
     int registers = 0;
-    cuFuncGetAttribute(&registers, 4, function);
+    if (int error = cuFuncGetAttribute(&registers, 4, function)) return error;
     *blocks = std::min({2048 / threads, 65536 / (registers * threads), int(size_t(shared_limit() + 1024) / (shared + 1024))});
     return SUCCESS;
 }

@@ -38,7 +38,10 @@ void cases() {
     EXPECT(cuInit(0), 0);
     current_context = nullptr;
     EXPECT(cuMemAlloc_v2(&address, 16), INVALID_CONTEXT);
-    EXPECT(cuCtxSetCurrent(&the_context), 0);
+    void* context = nullptr;
+    EXPECT(cuDevicePrimaryCtxRelease_v2(0), INVALID_CONTEXT);
+    EXPECT(cuDevicePrimaryCtxRetain(&context, 0), 0);
+    EXPECT(cuCtxSetCurrent(context), 0);
     EXPECT(cuStreamCreate(&d.stream, 1), 0);
 
     current_case() = "memory";
@@ -163,6 +166,29 @@ void cases() {
     EXPECT(cuStreamDestroy_v2(other), 0);
     EXPECT(cuEventDestroy_v2(event), 0);
     EXPECT(cuModuleUnload(module), 0);
+    EXPECT(cuModuleUnload(module), INVALID_HANDLE);
+    EXPECT(cuLaunchKernel(d.embed, 1, 1, 1, 32, 1, 1, 0, d.stream, nullptr, nullptr), INVALID_HANDLE);
     for (u64 p : {table, d.tokens, d.previous, x, d.gain, d.normed}) EXPECT(cuMemFree_v2(p), 0);
+
+    current_case() = "the end of a context";
+    EXPECT(cuModuleLoadData(&module, "__global__"), 0);
+    void* again = nullptr;
+    EXPECT(cuDevicePrimaryCtxRetain(&again, 0), 0);
+    EXPECT(again == context, 1);
+    EXPECT(cuMemAlloc_v2(&address, 4), 0);
+    EXPECT(cuEventCreate(&event, 0), 0);
+    EXPECT(cuDevicePrimaryCtxRelease_v2(0), 0);
+    EXPECT(cuStreamSynchronize(d.stream), 0);
+    EXPECT(cuDevicePrimaryCtxRelease_v2(0), 0);
+    EXPECT(cuStreamSynchronize(d.stream), CONTEXT_IS_DESTROYED);
+    EXPECT(cuDevicePrimaryCtxRetain(&again, 0), 0);
+    EXPECT(again == context, 0);
+    EXPECT(cuCtxSetCurrent(again), 0);
+    EXPECT(cuStreamSynchronize(d.stream), INVALID_HANDLE);
+    EXPECT(cuEventSynchronize(event), INVALID_HANDLE);
+    EXPECT(cuModuleGetFunction(&d.norm, module, "rms_norm_bf16"), INVALID_HANDLE);
+    EXPECT(cuMemFree_v2(address), INVALID_VALUE);
+    EXPECT(cuStreamDestroy_v2(d.stream), INVALID_HANDLE);
+    EXPECT(cuDevicePrimaryCtxRelease_v2(0), 0);
 }
 int main(int argc, char** argv) { return main_of(argc, argv, cases); }

@@ -73,7 +73,7 @@ impl Origin {
 }
 
 /// What the driver is given.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Form {
     /// Machine code for the very device: the driver only loads it.
     #[default]

@@ -1,7 +1,9 @@
-//! One opened device: its properties, its primary context, and streams and events on it. Everything is a thin owner
-//! of one driver object; when and in which order they are used is decided above.
+//! One opened device: its properties, its primary context, and streams and events on it. A context is kept until the
+//! process ends; everything else is a thin owner of one driver object. When and in which order they are used is decided
+//! above.
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context as _, bail};
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
@@ -39,7 +41,15 @@ impl Properties {
     }
 }
 
-/// The primary context of a device, retained.
+/// The contexts that were opened, by the N of `cuda:N`. None is released: making one takes a good part of a second, and
+/// libraries keep state in it that they do not expect to lose while the process lives.
+static OPENED: Mutex<BTreeMap<u32, Arc<Context>>> = Mutex::new(BTreeMap::new());
+
+fn opened() -> MutexGuard<'static, BTreeMap<u32, Arc<Context>>> {
+    OPENED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The primary context of a device, retained for the life of the process.
 #[derive(Debug)]
 pub struct Context {
     device: sys::CUdevice,
@@ -55,12 +65,24 @@ unsafe impl Send for Context {}
 unsafe impl Sync for Context {}
 
 impl Context {
-    /// Opens `cuda:index` and makes it current.
+    /// The context of `cuda:index`, opened at the first call, and made current.
     ///
     /// # Errors
-    /// No driver, a driver below the floor, no such device, or a device that cannot be opened; each with a hint.
-    #[allow(unsafe_code)]
+    /// No driver, a driver below the floor, no such device, or a device that cannot be opened; each with a hint. The
+    /// next call tries again.
     pub fn open(index: u32) -> anyhow::Result<Arc<Self>> {
+        let mut opened = opened();
+        let context = match opened.get(&index) {
+            Some(context) => Arc::clone(context),
+            None => Arc::new(Self::retain(index)?),
+        };
+        context.bind()?;
+        opened.insert(index, Arc::clone(&context));
+        Ok(context)
+    }
+
+    #[allow(unsafe_code)]
+    fn retain(index: u32) -> anyhow::Result<Self> {
         let device = find(index)?;
         let properties = properties(device).with_context(|| format!("asking cuda:{index} what it is"))?;
         if properties.compute_capability < (8, 0) {
@@ -74,19 +96,21 @@ impl Context {
         // SAFETY: `device` comes from `cuDeviceGet`; `raw` outlives the call.
         check("cuDevicePrimaryCtxRetain", unsafe { sys::cuDevicePrimaryCtxRetain(&raw mut raw, device) })
             .with_context(|| format!("opening cuda:{index} ({})", properties.name))?;
-        let context = Arc::new(Context { device, raw, properties });
-        context.bind()?;
-        Ok(context)
+        Ok(Context { device, raw, properties })
     }
 
     pub fn properties(&self) -> &Properties {
         &self.properties
     }
 
+    pub(super) fn device(&self) -> sys::CUdevice {
+        self.device
+    }
+
     /// Makes the context current in this thread.
     #[allow(unsafe_code)]
     pub(super) fn bind(&self) -> Result<(), CudaError> {
-        // SAFETY: `raw` is retained until drop.
+        // SAFETY: `raw` is retained and never released.
         check("cuCtxSetCurrent", unsafe { sys::cuCtxSetCurrent(self.raw) })
     }
 
@@ -103,14 +127,6 @@ impl Context {
         // SAFETY: a context is current, and both outlive the call.
         check("cuMemGetInfo_v2", unsafe { sys::cuMemGetInfo_v2(&raw mut free, &raw mut total) })?;
         Ok((free as u64, total as u64))
-    }
-}
-
-impl Drop for Context {
-    #[allow(unsafe_code)]
-    fn drop(&mut self) {
-        // SAFETY: retained once in `open`; everything made in it holds an `Arc` of it and is gone.
-        let _ = unsafe { sys::cuDevicePrimaryCtxRelease_v2(self.device) };
     }
 }
 

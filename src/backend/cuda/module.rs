@@ -1,11 +1,14 @@
-//! Loaded kernel code: modules, the kernels in them, and captured graphs of launches.
+//! Loaded kernel code: modules, the kernels in them, and captured graphs of launches. A module is loaded once for a
+//! device and, like its context, kept until the process ends.
 
+use std::collections::HashMap;
 use std::ffi::CString;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Context as _;
 use cudarc::driver::sys;
 
+use super::compile::Form;
 use super::context::{Context, Stream};
 use super::error::{CudaError, check, check_call};
 use crate::record::{KernelResources, Maybe};
@@ -16,10 +19,15 @@ const DEFAULT_SHARED_BYTES: u32 = 48 << 10;
 /// Room for what the driver's compiler has to say.
 const JIT_LOG_BYTES: usize = 8 << 10;
 
+/// The modules that were loaded. Within a process a kernel file has one image of each form for a device.
+static LOADED: Mutex<Option<HashMap<Key, Arc<Module>>>> = Mutex::new(None);
+
+/// Device, kernel file, and what the driver was given.
+type Key = (sys::CUdevice, String, Form);
+
 /// A loaded image of kernels.
 #[derive(Debug)]
 pub(super) struct Module {
-    context: Arc<Context>,
     raw: sys::CUmodule,
 }
 
@@ -31,84 +39,100 @@ unsafe impl Send for Module {}
 unsafe impl Sync for Module {}
 
 impl Module {
-    /// Loads a CUBIN (or, on the emulated device, source text).
-    #[allow(unsafe_code)]
+    /// The module of a CUBIN (or, on the emulated device, of source text).
     pub(super) fn load(context: &Arc<Context>, name: &str, image: &[u8]) -> Result<Arc<Self>, CudaError> {
-        context.bind()?;
-        let mut terminated = image.to_vec();
-        terminated.push(0);
-        let mut raw = std::ptr::null_mut();
-        // SAFETY: a context is current; the image is terminated as text must be, and outlives the call.
-        check_call(unsafe { sys::cuModuleLoadData(&raw mut raw, terminated.as_ptr().cast()) }, || {
-            format!("cuModuleLoadData of the kernels in {name}.cu")
-        })?;
-        Ok(Arc::new(Module { context: Arc::clone(context), raw }))
+        Self::once(context, name, Form::Sass, || load(name, image))
     }
 
-    /// Has the driver compile intermediate code for the device, and loads what it makes.
+    /// The module that the driver's compiler makes of intermediate code for the device.
     ///
     /// # Errors
     /// With the first line of what its compiler says.
-    #[allow(unsafe_code)]
     pub(super) fn compile(context: &Arc<Context>, name: &str, ptx: &[u8]) -> Result<Arc<Self>, CudaError> {
-        use sys::CUjit_option::{CU_JIT_ERROR_LOG_BUFFER, CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES};
+        Self::once(context, name, Form::Ptx, || compile(name, ptx))
+    }
+
+    /// What was loaded before; else what `load` gives with the context current. What failed is tried again.
+    fn once(
+        context: &Arc<Context>,
+        name: &str,
+        form: Form,
+        load: impl FnOnce() -> Result<sys::CUmodule, CudaError>,
+    ) -> Result<Arc<Self>, CudaError> {
         context.bind()?;
-        let mut terminated = ptx.to_vec();
-        terminated.push(0);
-        let mut log = vec![0u8; JIT_LOG_BYTES];
-        let mut options = [CU_JIT_ERROR_LOG_BUFFER, CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES];
-        // A value is a pointer or, for the size, a number in a pointer's place.
-        let mut values = [log.as_mut_ptr().cast(), std::ptr::without_provenance_mut(JIT_LOG_BYTES - 1)];
-        let mut raw = std::ptr::null_mut();
-        // SAFETY: a context is current; the text is terminated; both lists have two entries; the driver writes at most
-        // the given size into the log, which outlives the call and ends with a zero that is not counted.
-        let result = unsafe {
-            sys::cuModuleLoadDataEx(
-                &raw mut raw,
-                terminated.as_ptr().cast(),
-                options.len() as u32,
-                options.as_mut_ptr(),
-                values.as_mut_ptr(),
-            )
-        };
-        check_call(result, || {
-            let said = log.split(|byte| *byte == 0).next().unwrap_or_default();
-            let said = String::from_utf8_lossy(said);
-            let said =
-                said.lines().next().map_or(String::new(), |line| format!(", whose compiler says \"{line}\""));
-            format!("cuModuleLoadDataEx of the intermediate code of {name}.cu{said}")
-        })?;
-        Ok(Arc::new(Module { context: Arc::clone(context), raw }))
+        let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
+        let loaded = loaded.get_or_insert_default();
+        let key = (context.device(), name.to_owned(), form);
+        if let Some(module) = loaded.get(&key) {
+            return Ok(Arc::clone(module));
+        }
+        let module = Arc::new(Module { raw: load()? });
+        loaded.insert(key, Arc::clone(&module));
+        Ok(module)
     }
 
     /// Looks up the kernel `name`.
     #[allow(unsafe_code)]
-    pub(super) fn kernel(self: &Arc<Self>, name: String) -> anyhow::Result<Kernel> {
+    pub(super) fn kernel(&self, name: String) -> anyhow::Result<Kernel> {
         let c_name = CString::new(name.as_str()).context("a kernel's name has a zero byte")?;
         let mut function = std::ptr::null_mut();
-        // SAFETY: the module lives, the name is terminated.
+        // SAFETY: modules are never unloaded, the name is terminated.
         check_call(
             unsafe { sys::cuModuleGetFunction(&raw mut function, self.raw, c_name.as_ptr()) },
             || format!("cuModuleGetFunction of {name}"),
         )?;
-        Ok(Kernel { _module: Arc::clone(self), function, name })
+        Ok(Kernel { function, name })
     }
 }
 
-impl Drop for Module {
-    #[allow(unsafe_code)]
-    fn drop(&mut self) {
-        if self.context.bind().is_ok() {
-            // SAFETY: loaded in `load` and unloaded once; its kernels hold an `Arc` of it.
-            let _ = unsafe { sys::cuModuleUnload(self.raw) };
-        }
-    }
+/// Loads a CUBIN or source text into the current context.
+#[allow(unsafe_code)]
+fn load(name: &str, image: &[u8]) -> Result<sys::CUmodule, CudaError> {
+    let mut terminated = image.to_vec();
+    terminated.push(0);
+    let mut raw = std::ptr::null_mut();
+    // SAFETY: a context is current; the image is terminated as text must be, and outlives the call.
+    check_call(unsafe { sys::cuModuleLoadData(&raw mut raw, terminated.as_ptr().cast()) }, || {
+        format!("cuModuleLoadData of the kernels in {name}.cu")
+    })?;
+    Ok(raw)
+}
+
+/// Has the driver compile intermediate code, and loads what it makes into the current context.
+#[allow(unsafe_code)]
+fn compile(name: &str, ptx: &[u8]) -> Result<sys::CUmodule, CudaError> {
+    use sys::CUjit_option::{CU_JIT_ERROR_LOG_BUFFER, CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES};
+    let mut terminated = ptx.to_vec();
+    terminated.push(0);
+    let mut log = vec![0u8; JIT_LOG_BYTES];
+    let mut options = [CU_JIT_ERROR_LOG_BUFFER, CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES];
+    // A value is a pointer or, for the size, a number in a pointer's place.
+    let mut values = [log.as_mut_ptr().cast(), std::ptr::without_provenance_mut(JIT_LOG_BYTES - 1)];
+    let mut raw = std::ptr::null_mut();
+    // SAFETY: a context is current; the text is terminated; both lists have two entries; the driver writes at most
+    // the given size into the log, which outlives the call and ends with a zero that is not counted.
+    let result = unsafe {
+        sys::cuModuleLoadDataEx(
+            &raw mut raw,
+            terminated.as_ptr().cast(),
+            options.len() as u32,
+            options.as_mut_ptr(),
+            values.as_mut_ptr(),
+        )
+    };
+    check_call(result, || {
+        let said = log.split(|byte| *byte == 0).next().unwrap_or_default();
+        let said = String::from_utf8_lossy(said);
+        let said =
+            said.lines().next().map_or(String::new(), |line| format!(", whose compiler says \"{line}\""));
+        format!("cuModuleLoadDataEx of the intermediate code of {name}.cu{said}")
+    })?;
+    Ok(raw)
 }
 
 /// A kernel that can be launched.
 #[derive(Debug)]
 pub(super) struct Kernel {
-    _module: Arc<Module>,
     function: sys::CUfunction,
     name: String,
 }
@@ -142,7 +166,7 @@ impl Kernel {
     #[allow(unsafe_code)]
     fn attribute(&self, which: sys::CUfunction_attribute) -> Maybe<u32> {
         let mut value = 0;
-        // SAFETY: the function lives as long as its module; the call writes one integer, which lives here.
+        // SAFETY: modules, and so functions, are never unloaded; the call writes one integer, which lives here.
         let code = unsafe { sys::cuFuncGetAttribute(&raw mut value, which, self.function) };
         match (code.result(), u32::try_from(value)) {
             (Ok(()), Ok(value)) => Maybe::Value(value),
@@ -167,7 +191,7 @@ impl Kernel {
 
     #[allow(unsafe_code)]
     fn set(&self, which: sys::CUfunction_attribute, value: i32) -> Result<(), CudaError> {
-        // SAFETY: the function lives as long as its module.
+        // SAFETY: as in `attribute`.
         check_call(unsafe { sys::cuFuncSetAttribute(self.function, which, value) }, || {
             format!("cuFuncSetAttribute: {which:?} of {value} for {}", self.name)
         })
