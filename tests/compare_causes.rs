@@ -389,6 +389,7 @@ fn with_kernels(form: &'static str, registers: u32) -> impl Fn(&mut Record) {
             form: Maybe::Value(form.to_owned()),
             graphs: true,
             dependent_launch: true,
+            capture_retry: Maybe::missing("not_needed"),
             deterministic: false,
             resources: Maybe::Value(BTreeMap::from([("gemm_stream_bf16".to_owned(), resources)])),
         });

@@ -29,6 +29,7 @@ const LIBRARY: CudaOptions = CudaOptions {
     deterministic: false,
     gemm: Gemm::CublasLt,
     graphs: true,
+    dependent_launch: true,
     form: Form::Sass,
 };
 /// The stand-in's fast algorithms; 11 is slow, and 20 is refused when it is checked.

@@ -20,7 +20,7 @@ use tokmeter::backend::{
 use tokmeter::clock::Clock;
 use tokmeter::engine::{Engine, EngineLimits, LlmEngine, Request, StepOutput, score};
 use tokmeter::model::{Model, shape_of};
-use tokmeter::record::{Maybe, Record, read};
+use tokmeter::record::{Kernels, Maybe, Outcome, Record, read};
 use tokmeter::weights::slice::Slice;
 use tokmeter::weights::synthetic::Synthetic;
 use tokmeter::weights::{HostTensor, StoredDType, Weights, open};
@@ -533,6 +533,177 @@ fn a_check_of_many_backends_opens_the_device_and_loads_each_kernel_file_once() {
     // Those of the ceilings are not needed here.
     let needed = files.filter(|name| name.as_encoded_bytes().ends_with(b".cu") && name != "peaks.cu").count();
     assert_eq!((said(output, "module loaded"), said(output, "module unloaded")), (needed, 0));
+}
+
+/// A short run with decode steps: what it said, and its record where it has one.
+fn short_run(settings: &[(&str, &str)]) -> Option<(Output, Option<Record>)> {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("record.json");
+    let cells = ["--batch", "2", "--isl", "16", "--osl", "4", "--min-seconds", "0.05", "--repeat", "1"];
+    let arguments =
+        [&["run", "--device", "cuda:0", "-m", TINY[0], "-o", out.to_str().unwrap()], &cells[..]].concat();
+    let output = tokmeter(Build::Plain, settings, &arguments)?;
+    let record = out.exists().then(|| read(&out).unwrap());
+    Some((output, record))
+}
+
+/// The same where it has to succeed: what was told on the way, how the kernels were launched, and the tokens.
+fn short_record(settings: &[(&str, &str)]) -> Option<(String, Kernels, String)> {
+    let (output, record) = short_run(settings)?;
+    assert!(output.status.success(), "{settings:?}: {}", stderr(&output));
+    let record = record.unwrap();
+    assert_eq!(record.cells[0].outcome, Outcome::Measured, "{settings:?}");
+    let tokens = record.cells[0].runs[0].output_token_sha256.value().unwrap().clone();
+    Some((stderr(&output), record.engine.kernels.value().unwrap().clone(), tokens))
+}
+
+#[test]
+fn the_first_launch_of_a_capture_overlaps_nothing() {
+    let Some((said, kernels, _)) = short_record(&[("EMU_REFUSE_PDL", "first")]) else { return };
+    assert!(kernels.dependent_launch && kernels.graphs);
+    assert_eq!(kernels.capture_retry, Maybe::missing("not_needed"), "{said}");
+    assert!(!said.contains("refused"), "{said}");
+}
+
+#[test]
+fn a_capture_that_is_refused_is_repeated_once_without_overlap_and_recorded() {
+    let Some((_, _, expected)) = short_record(&[]) else { return };
+    let (said, kernels, tokens) = short_record(&[("EMU_REFUSE_PDL", "capture")]).unwrap();
+    assert!(kernels.dependent_launch && kernels.graphs);
+    assert_eq!(kernels.capture_retry, Maybe::Value("CUDA_ERROR_INVALID_HANDLE".to_owned()));
+    assert_eq!(tokens, expected);
+    let refusals: Vec<&str> = said.lines().filter(|line| line.contains("refused")).collect();
+    assert_eq!(refusals.len(), 1, "{said}");
+    assert!(
+        refusals[0]
+            .starts_with("warning: cuda:0: the driver refused a graph whose kernels may overlap (launching ")
+    );
+    assert!(refusals[0].contains(": CUDA_ERROR_INVALID_HANDLE)"), "{said}");
+    // Where nothing overlaps there is nothing to repeat.
+    let settings = [("EMU_REFUSE_PDL", "capture"), ("TOKMETER_CUDA_PDL", "0")];
+    let (said, kernels, _) = short_record(&settings).unwrap();
+    assert_eq!(kernels.capture_retry, Maybe::missing("not_needed"), "{said}");
+}
+
+#[test]
+fn a_device_that_captures_nothing_is_an_error_of_the_first_try() {
+    let Some((output, _)) = short_run(&[("EMU_REFUSE_CAPTURE", "1")]) else { return };
+    let said = stderr(&output);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("cuStreamBeginCapture_v2: CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"), "{said}");
+    assert!(said.contains("hint: TOKMETER_CUDA_GRAPHS=0 ") && !said.contains("refused"), "{said}");
+}
+
+#[test]
+fn graphs_that_were_refused_are_gone_with_what_was_captured_before() {
+    on_the_device("on_the_device_a_late_refusal", &[]);
+}
+
+/// The driver begins to refuse after a first graph: the step that is captured next, and replays of the first one, have
+/// the bits of single launches.
+#[test]
+#[ignore = "runs in a child process with the stand-in driver"]
+fn on_the_device_a_late_refusal() {
+    let run = |graphs: bool, refuse: &dyn Fn()| {
+        let (mut cuda, model) = cuda_model(TINY[0], CudaOptions { graphs, ..CudaOptions::default() });
+        let mut kv = cuda.kv_cache(4).unwrap();
+        let mut workspace = tokmeter::model::Workspace::new(&mut cuda, 8, 2).unwrap();
+        let (mut batch, mut all, mut retries) = (Batch::default(), Vec::new(), Vec::new());
+        let mut lengths = [0u32; 2];
+        for (step, sequences) in [1u32, 1, 2, 1, 2].into_iter().enumerate() {
+            if step == 2 {
+                refuse();
+            }
+            batch.clear();
+            for (page, length) in (0..sequences).zip(&mut lengths) {
+                batch.push([TokenInput::Id(17 * *length + page)], *length, &[page], Some(Sampling::GREEDY));
+                *length += 1;
+            }
+            batch.keep_logits = true;
+            model.forward(&mut cuda, &batch, &mut kv, &mut workspace).unwrap();
+            cuda.sampled(&mut Vec::new()).unwrap();
+            all.push(cuda.download(&workspace.logits, sequences as usize, 320).unwrap());
+            retries.push(cuda.info().kernels.unwrap().capture_retry.is_some());
+        }
+        (all, retries)
+    };
+    let (eager, none) = run(false, &|| {});
+    // SAFETY: this process runs this test alone, in one thread that reads or writes the environment.
+    #[allow(unsafe_code)]
+    let (graphs, retries) = run(true, &|| unsafe { std::env::set_var("EMU_REFUSE_PDL", "capture") });
+    assert_eq!(graphs, eager);
+    assert_eq!((none, retries), (vec![false; 5], vec![false, false, true, true, true]));
+    // Other backends on the device do not try again.
+    assert_eq!(run(true, &|| {}), (eager, vec![true; 5]));
+}
+
+/// Both switches off, on a driver that takes no graph and no launch that may overlap.
+const SWITCHED_OFF: [(&str, &str); 4] = [
+    ("TOKMETER_CUDA_PDL", "0"),
+    ("EMU_REFUSE_PDL", "all"),
+    ("TOKMETER_CUDA_GRAPHS", "0"),
+    ("EMU_REFUSE_CAPTURE", "1"),
+];
+
+#[test]
+fn a_run_without_overlap_or_without_graphs_makes_the_same_tokens_and_says_so() {
+    let Some((_, _, expected)) = short_record(&[]) else { return };
+    for (settings, overlap, graphs) in [
+        (&SWITCHED_OFF[..2], false, true),
+        (&SWITCHED_OFF[2..], true, false),
+        (&SWITCHED_OFF[..], false, false),
+        (&[("TOKMETER_CUDA_PDL", "1"), ("TOKMETER_CUDA_GRAPHS", "1")], true, true),
+    ] {
+        let (_, kernels, tokens) = short_record(settings).unwrap();
+        assert_eq!((kernels.dependent_launch, kernels.graphs, &tokens), (overlap, graphs, &expected));
+    }
+    // The switches are what makes the difference.
+    for only in [SWITCHED_OFF[1], SWITCHED_OFF[3]] {
+        let (output, _) = short_run(&[only]).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{only:?}: {}", stderr(&output));
+    }
+}
+
+#[test]
+fn every_verb_that_opens_a_device_heeds_the_switches() {
+    let library = fake_nvml::library(false).to_str().unwrap();
+    let meter = [("TOKMETER_NVML", library), ("FAKE_NVML", "any_uuid=1;trace=constant:300;period_ms=20")];
+    let settings = [&SWITCHED_OFF[..], &meter].concat();
+    for arguments in [
+        &["check", "-m", TINY[0], "--offline"][..],
+        &[
+            "peaks",
+            "--ops",
+            "-m",
+            TINY[0],
+            "--batch",
+            "1",
+            "--depth",
+            "8",
+            "--seconds",
+            "0.02",
+            "--dtype",
+            "bf16",
+        ],
+        &["doctor", "--sampler-effect", "-m", TINY[0], "--seconds", "0.1", "--pairs", "2"],
+        &["doctor", "--sensors", "--seconds", "0.1"],
+    ] {
+        let arguments = [arguments, &["--device", "cuda:0", "--format", "json"]].concat();
+        let Some(output) = tokmeter(Build::Plain, &settings, &arguments) else { return };
+        assert!(output.status.success(), "{arguments:?}: {}", stderr(&output));
+        let found: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert!(!found.to_string().contains("CUDA_ERROR"), "{found:#}");
+        if arguments[0] == "peaks" {
+            let reason = |value: &serde_json::Value| value["missing"].as_str().unwrap_or("").to_owned();
+            assert_eq!(reason(&found["ceilings"]["graph_node_ns"]), "graphs_switched_off");
+            assert_eq!(reason(&found["ops"]["times"][0]["replayed_ns"]), "not_captured");
+        }
+        let wrong =
+            tokmeter(Build::Plain, &[&meter[..], &[("TOKMETER_CUDA_PDL", "off")]].concat(), &arguments)
+                .unwrap();
+        assert_eq!(wrong.status.code(), Some(2), "{arguments:?}: {}", stderr(&wrong));
+        assert!(stderr(&wrong).starts_with("error: TOKMETER_CUDA_PDL is 'off', expected 0 or 1\nhint: "));
+    }
 }
 
 #[test]

@@ -147,6 +147,8 @@ pub struct KernelInfo {
     pub form: &'static str,
     pub graphs: bool,
     pub dependent_launch: bool,
+    /// CUDA's name of the error for which steps are captured without dependent launch.
+    pub capture_retry: Option<String>,
     pub deterministic: bool,
     /// Kernel and what the driver gives it.
     pub resources: Vec<(String, KernelResources)>,
@@ -162,6 +164,7 @@ impl From<KernelInfo> for Kernels {
             form: Maybe::Value(info.form.to_owned()),
             graphs: info.graphs,
             dependent_launch: info.dependent_launch,
+            capture_retry: info.capture_retry.map_or_else(|| Maybe::missing("not_needed"), Maybe::Value),
             deterministic: info.deterministic,
             resources: Maybe::Value(info.resources.into_iter().collect()),
         }

@@ -1,13 +1,33 @@
 //! The device, the types and the threads that several verbs ask for on the command line: device and type must fit
-//! each other.
+//! each other. Also what the environment switches off on cuda.
+
+use std::collections::BTreeSet;
+use std::ffi::OsString;
+use std::sync::{Mutex, PoisonError};
 
 use clap::ValueEnum;
 
 use super::{remark, usage};
 use crate::backend::cpu;
-use crate::backend::cuda::library::{self, Device};
+use crate::backend::cuda::library::{self, Device, Variable};
+use crate::backend::cuda::{Refusal, refusals};
 use crate::backend::{BackendInfo, CpuDType, Cuda, CudaDType, CudaOptions, Form, Gemm};
 use crate::meter::nvml::GpuId;
+
+/// Switches that isolate a fault of a driver: with 0 no kernel starts while its predecessor ends, and decode steps are
+/// launched kernel by kernel.
+const PDL_SWITCH: &str = "TOKMETER_CUDA_PDL";
+const GRAPHS_SWITCH: &str = "TOKMETER_CUDA_GRAPHS";
+
+/// What help says of them.
+macro_rules! switches_help {
+    () => {
+        "Environment, to isolate a fault of a driver on cuda:\n  \
+        TOKMETER_CUDA_PDL=0      no kernel starts while its predecessor ends\n  \
+        TOKMETER_CUDA_GRAPHS=0   decode steps are launched kernel by kernel, not as graphs"
+    };
+}
+pub(in crate::cmd) use switches_help;
 
 /// Most threads that make sense to ask for.
 const MOST_THREADS: usize = 4096;
@@ -164,7 +184,54 @@ fn cuda(index: u32, dtype: Option<DType>, options: CudaOptions) -> anyhow::Resul
             ));
         }
     };
-    Ok(Target::Cuda { index, options: CudaOptions { dtype, ..options } })
+    let options = switched(CudaOptions { dtype, ..options }, &|name| std::env::var_os(name))?;
+    Ok(Target::Cuda { index, options })
+}
+
+/// Options for what only looks at a device.
+///
+/// # Errors
+/// A usage error when a switch is neither 0 nor 1.
+pub(super) fn plain_cuda_options() -> anyhow::Result<CudaOptions> {
+    switched(CudaOptions::default(), &|name| std::env::var_os(name))
+}
+
+/// `options` without what the environment switches off.
+fn switched(options: CudaOptions, variable: Variable<'_>) -> anyhow::Result<CudaOptions> {
+    Ok(CudaOptions {
+        graphs: options.graphs && is_on(GRAPHS_SWITCH, variable(GRAPHS_SWITCH))?,
+        dependent_launch: options.dependent_launch && is_on(PDL_SWITCH, variable(PDL_SWITCH))?,
+        ..options
+    })
+}
+
+fn is_on(switch: &str, value: Option<OsString>) -> anyhow::Result<bool> {
+    match value.as_ref().map(|value| value.to_string_lossy()).as_deref() {
+        None | Some("1") => Ok(true),
+        Some("0") => Ok(false),
+        Some(other) => Err(usage(format!(
+            "{switch} is '{other}', expected 0 or 1\nhint: unset it, or set it to 0 to find out whether a fault of the \
+             driver goes away"
+        ))),
+    }
+}
+
+/// Says once for each device that its driver refused a capture, and what runs since.
+pub(super) fn remark_refusals() {
+    static TOLD: Mutex<BTreeSet<u32>> = Mutex::new(BTreeSet::new());
+    let mut told = TOLD.lock().unwrap_or_else(PoisonError::into_inner);
+    for (index, refusal) in refusals() {
+        if told.insert(index) {
+            remark(&refused(index, &refusal));
+        }
+    }
+}
+
+fn refused(index: u32, Refusal { error, call }: &Refusal) -> String {
+    format!(
+        "warning: cuda:{index}: the driver refused a graph whose kernels may overlap ({call}: {error}); decode steps are \
+         captured without overlap, and the record says so\nhint: {PDL_SWITCH}=0 runs everything without overlap"
+    )
 }
 
 /// Memory of `cuda:index`, bytes.
@@ -255,6 +322,28 @@ mod tests {
             ("cuda:-1", None),
         ] {
             assert!(settle(device, dtype).unwrap_err().is::<Usage>(), "{device} {dtype:?}");
+        }
+    }
+
+    #[test]
+    fn a_switch_is_zero_or_one_and_only_switches_off() {
+        let options = CudaOptions::default();
+        let with = |switch: &'static str, value: &'static str| {
+            switched(options, &move |name| (name == switch).then(|| value.into()))
+        };
+        assert_eq!(switched(options, &|_| None).unwrap(), options);
+        for (switch, off) in [
+            (PDL_SWITCH, CudaOptions { dependent_launch: false, ..options }),
+            (GRAPHS_SWITCH, CudaOptions { graphs: false, ..options }),
+        ] {
+            assert_eq!((with(switch, "0").unwrap(), with(switch, "1").unwrap()), (off, options));
+            assert_eq!(switched(off, &|_| Some("1".into())).unwrap(), off);
+            for wrong in ["", "2", "off", " 1", "00"] {
+                let error = with(switch, wrong).unwrap_err();
+                let expected = format!("{switch} is '{wrong}', expected 0 or 1\nhint: ");
+                assert!(error.is::<Usage>() && error.to_string().starts_with(&expected), "{error}");
+            }
+            assert!(switches_help!().contains(&format!("{switch}=0 ")));
         }
     }
 

@@ -125,6 +125,7 @@ pub fn execute() -> u8 {
         Verb::Plan(args) => plan::run(args),
         Verb::Export(args) => export::run(args),
     };
+    device::remark_refusals();
     result.unwrap_or_else(|error| fail(&error))
 }
 

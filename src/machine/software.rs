@@ -17,7 +17,7 @@ use crate::record::machine::Software;
 const MISSING_PREFIX: &str = "missing:";
 
 /// Variables that change speed or choose devices. Never the whole environment: it holds secrets.
-const VARIABLES: [&str; 38] = [
+const VARIABLES: [&str; 40] = [
     "CUBLAS_WORKSPACE_CONFIG",
     "CUDA_CACHE_DISABLE",
     "CUDA_CACHE_MAXSIZE",
@@ -55,7 +55,9 @@ const VARIABLES: [&str; 38] = [
     "OMP_PROC_BIND",
     "RAYON_NUM_THREADS",
     "RAYON_RS_NUM_CPUS",
+    "TOKMETER_CUDA_GRAPHS",
     "TOKMETER_CUDA_LIBS",
+    "TOKMETER_CUDA_PDL",
 ];
 
 pub(super) fn collect(roots: &Roots) -> Software {

@@ -68,6 +68,9 @@ const CLASSES: &[ClassRow] = &[
     // The same sources and compiler in another folder give another file.
     ("/machine/software/binary_sha256", Suspicious, "tool"),
     ("/machine/software", Identity, "tool"),
+    // What they switch off stands beside the kernels, too.
+    ("/machine/env/TOKMETER_CUDA_GRAPHS", Suspicious, "kernels"),
+    ("/machine/env/TOKMETER_CUDA_PDL", Suspicious, "kernels"),
     ("/machine/env", Suspicious, "env"),
     ("/machine", Suspicious, ""),
     ("/tool", Identity, "tool"),
@@ -87,6 +90,8 @@ const CLASSES: &[ClassRow] = &[
     ("/engine/load_ns", Dynamic, ""),
     ("/engine/kernels/architecture", Identity, ""),
     ("/engine/kernels/deterministic", Identity, ""),
+    // What the driver forced.
+    ("/engine/kernels/capture_retry", Expected, "driver"),
     ("/engine/kernels", Suspicious, "kernels"),
     // Which algorithms a library takes, and how long it took to choose, is its own affair.
     ("/engine/cublaslt/products", Dynamic, ""),

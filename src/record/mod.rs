@@ -249,8 +249,12 @@ pub struct Kernels {
     pub form: Maybe<String>,
     /// Decode steps are captured as graphs and replayed.
     pub graphs: bool,
-    /// A kernel may start while its predecessor ends.
+    /// A kernel may start while its predecessor ends; in graphs not where a capture had to be repeated.
     pub dependent_launch: bool,
+    /// Why no kernel in a graph starts before its predecessor has ended: CUDA's name of the error with which the driver
+    /// refused to capture a step otherwise. It was captured again, as all later ones were.
+    #[serde(default = "Maybe::<String>::not_recorded", skip_serializing_if = "Maybe::is_not_recorded")]
+    pub capture_retry: Maybe<String>,
     /// The same output bits whatever else is in the batch (`--deterministic`).
     pub deterministic: bool,
     /// Kernel → what the driver gives it on this device.

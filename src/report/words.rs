@@ -52,6 +52,8 @@ pub fn reason_in_words(code: &str) -> String {
         "model_was_named" => "a model was named, so none was fetched as a witness",
         "model_not_available" => "the model of the witness could not be had",
         "no_gpu" => "no GPU",
+        "not_needed" => "there was no need",
+        "graphs_switched_off" => "graphs were switched off (TOKMETER_CUDA_GRAPHS=0)",
         "no_ceilings" => "the record has no ceilings",
         "no_ceiling_of_this_type" => "no matmul peak was measured in this type",
         "not_one_device" => "the cell ran on several devices",

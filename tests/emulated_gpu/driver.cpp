@@ -14,7 +14,8 @@
 //   EMU_LOSE_AFTER=n: the device fails at the n-th embed · EMU_L2_BYTES (16384: probes of the memory stay small) ·
 //   EMU_TRACE=1: each operation as it runs, to stderr; EMU_TRACE=loads: contexts and modules as they come and go ·
 //   EMU_NAME: of the device (one without `emulated` is given compiled kernels, whose code is ignored) ·
-//   EMU_MODULE_ERROR=code: the answer to every image
+//   EMU_MODULE_ERROR=code: the answer to every image · EMU_REFUSE_PDL: of the launches that may overlap, refuses the
+//   =first of a capture, those of a =capture, or =all · EMU_REFUSE_CAPTURE=1: none begins
 #include <mutex>
 #include <string>
 #include <set>
@@ -579,6 +580,7 @@ API cuLaunchHostFunc(void* stream, void (*function)(void*), void* data) {
 // ---- Capture and graphs -------------------------------------------------------------------------------------------
 API cuStreamBeginCapture_v2(void* stream, int) {
     NEEDS_STREAM;
+    if (setting("EMU_REFUSE_CAPTURE", 0)) return CAPTURE_UNSUPPORTED;
     Stream& s = stream_of(stream);
     if (&s == &state().legacy || s.capture) return CAPTURE_UNSUPPORTED;
     s.capture = std::make_shared<Capture>();
@@ -731,6 +733,15 @@ struct LaunchConfig {
     LaunchAttribute* attributes;
     unsigned count;
 };
+/// As EMU_REFUSE_PDL says. A launch that is refused spoils the capture.
+bool refuses_pdl(Stream& stream) {
+    if (is_set_to("EMU_REFUSE_PDL", "all")) return true;
+    if (!stream.capture) return false;
+    const bool is_first = stream.capture->graph.operations.empty();
+    const bool refuses = is_set_to("EMU_REFUSE_PDL", "capture") || (is_first && is_set_to("EMU_REFUSE_PDL", "first"));
+    stream.capture->broken |= refuses;
+    return refuses;
+}
 API cuLaunchKernelEx(const LaunchConfig* c, void* function, void** arguments, void**) {
     NEEDS_CONTEXT;
     bool pdl = false;
@@ -739,6 +750,7 @@ API cuLaunchKernelEx(const LaunchConfig* c, void* function, void** arguments, vo
         pdl = c->attributes[i].programmatic != 0;
     }
     if (pdl && capability() < 90) return NOT_SUPPORTED;
+    if (pdl && is_stream(c->stream) && refuses_pdl(stream_of(c->stream))) return INVALID_HANDLE;
     return launch(static_cast<Function*>(function), {c->gx, c->gy, c->gz}, {c->bx, c->by, c->bz}, c->shared, c->stream, arguments, pdl);
 }
 

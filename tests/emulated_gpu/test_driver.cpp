@@ -31,6 +31,18 @@ void step(Device& d) {
     d.x = d.table = 0, width = 0;  // arguments were taken by value
 }
 
+/// rms_norm of no address, which must not run, with PDL.
+int overlapping(Device& d) {
+    u64 none = 0;
+    int width = 8;
+    float eps = 0.0f;
+    void* arguments[] = {&none, &none, &none, &none, &width, &eps};
+    LaunchAttribute pdl{};
+    pdl.id = 6, pdl.programmatic = 1;
+    LaunchConfig config{1, 1, 1, 256, 1, 1, 0, d.stream, &pdl, 1};
+    return cuLaunchKernelEx(&config, d.norm, arguments, nullptr);
+}
+
 void cases() {
     current_case() = "driver";
     Device d;
@@ -170,8 +182,30 @@ void cases() {
     EXPECT(cuLaunchKernel(d.embed, 1, 1, 1, 32, 1, 1, 0, d.stream, nullptr, nullptr), INVALID_HANDLE);
     for (u64 p : {table, d.tokens, d.previous, x, d.gain, d.normed}) EXPECT(cuMemFree_v2(p), 0);
 
-    current_case() = "the end of a context";
+    current_case() = "refusals";
     EXPECT(cuModuleLoadData(&module, "__global__"), 0);
+    EXPECT(cuModuleGetFunction(&d.norm, module, "rms_norm_bf16"), 0);
+    for (const char* refused : {"", "first", "capture", "all"}) {
+        setenv("EMU_REFUSE_PDL", refused, 1);
+        const bool all = *refused == 'a', first = *refused == 'f', captures = *refused == 'c';
+        EXPECT(overlapping(d), all ? INVALID_HANDLE : 0);
+        EXPECT(cuStreamBeginCapture_v2(d.stream, 1), 0);
+        EXPECT(overlapping(d), *refused ? INVALID_HANDLE : 0);
+        EXPECT(cuStreamEndCapture(d.stream, &graph), first || captures ? CAPTURE_INVALIDATED : 0);
+        EXPECT(cuGraphDestroy(graph), 0);
+        EXPECT(cuStreamBeginCapture_v2(d.stream, 1), 0);
+        EXPECT(emu_queue(d.stream, "work", [] {}), 0);
+        EXPECT(overlapping(d), all || captures ? INVALID_HANDLE : 0);
+        EXPECT(cuStreamEndCapture(d.stream, &graph), captures ? CAPTURE_INVALIDATED : 0);
+        EXPECT(cuGraphDestroy(graph), 0);
+    }
+    unsetenv("EMU_REFUSE_PDL");
+    setenv("EMU_REFUSE_CAPTURE", "1", 1);
+    EXPECT(cuStreamBeginCapture_v2(d.stream, 1), CAPTURE_UNSUPPORTED);
+    unsetenv("EMU_REFUSE_CAPTURE");
+    stream_of(d.stream).waiting.clear();
+
+    current_case() = "the end of a context";
     void* again = nullptr;
     EXPECT(cuDevicePrimaryCtxRetain(&again, 0), 0);
     EXPECT(again == context, 1);

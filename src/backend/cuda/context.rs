@@ -3,7 +3,7 @@
 //! above.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use anyhow::{Context as _, bail};
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
@@ -49,12 +49,28 @@ fn opened() -> MutexGuard<'static, BTreeMap<u32, Arc<Context>>> {
     OPENED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Devices whose driver refused a capture with dependent launch, and took it without.
+pub fn refusals() -> Vec<(u32, Refusal)> {
+    let refusal = |(index, context): (&u32, &Arc<Context>)| Some((*index, context.refusal()?.clone()));
+    opened().iter().filter_map(refusal).collect()
+}
+
 /// The primary context of a device, retained for the life of the process.
 #[derive(Debug)]
 pub struct Context {
     device: sys::CUdevice,
     raw: sys::CUcontext,
     properties: Properties,
+    refusal: OnceLock<Refusal>,
+}
+
+/// Why graphs on a device are captured without dependent launch.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refusal {
+    /// CUDA's name of the error with which the driver refused a capture with it.
+    pub error: String,
+    /// The call that failed.
+    pub call: String,
 }
 
 // SAFETY: a context may be used from any thread that makes it current; the driver locks inside.
@@ -96,7 +112,7 @@ impl Context {
         // SAFETY: `device` comes from `cuDeviceGet`; `raw` outlives the call.
         check("cuDevicePrimaryCtxRetain", unsafe { sys::cuDevicePrimaryCtxRetain(&raw mut raw, device) })
             .with_context(|| format!("opening cuda:{index} ({})", properties.name))?;
-        Ok(Context { device, raw, properties })
+        Ok(Context { device, raw, properties, refusal: OnceLock::new() })
     }
 
     pub fn properties(&self) -> &Properties {
@@ -112,6 +128,16 @@ impl Context {
     pub(super) fn bind(&self) -> Result<(), CudaError> {
         // SAFETY: `raw` is retained and never released.
         check("cuCtxSetCurrent", unsafe { sys::cuCtxSetCurrent(self.raw) })
+    }
+
+    /// Why no further graph is captured with dependent launch; none while no capture was refused.
+    pub(super) fn refusal(&self) -> Option<&Refusal> {
+        self.refusal.get()
+    }
+
+    /// The driver refused a capture, and took it without dependent launch. The first refusal stays.
+    pub(super) fn refused(&self, refusal: Refusal) {
+        let _ = self.refusal.set(refusal);
     }
 
     /// Size of the L2 cache, bytes.

@@ -41,6 +41,8 @@ pub struct CudaOptions {
     pub gemm: Gemm,
     /// Capture decode steps as graphs and replay them.
     pub graphs: bool,
+    /// Let kernels start while their predecessor ends, where device and driver can.
+    pub dependent_launch: bool,
     /// What the driver is given of the model's kernels.
     pub form: Form,
 }
@@ -52,6 +54,7 @@ impl Default for CudaOptions {
             deterministic: false,
             gemm: Gemm::Auto,
             graphs: true,
+            dependent_launch: true,
             form: Form::Sass,
         }
     }
@@ -111,7 +114,8 @@ impl Cuda {
         supports(&shape)?;
         let context = Context::open(index)?;
         let kernels = Kernels::load(&context, options.dtype, shape.head_dim, options.form)?;
-        let queue = Queue::new(Stream::new(&context)?);
+        let overlap = options.dependent_launch && context.properties().has_dependent_launch();
+        let queue = Queue::new(Stream::new(&context)?, overlap);
         let stream = Arc::clone(&queue.stream);
         let mut cuda = Cuda {
             products: Products::new(&queue, &shape, options)?,
@@ -149,7 +153,8 @@ impl Cuda {
             origins: self.kernels.origins.iter().map(name).collect(),
             form: self.options.form.name(),
             graphs: self.options.graphs,
-            dependent_launch: self.properties().has_dependent_launch(),
+            dependent_launch: self.queue.dependent_launch,
+            capture_retry: self.context.refusal().map(|refusal| refusal.error.clone()),
             deterministic: self.options.deterministic,
             resources: self.kernels.resources(),
         }

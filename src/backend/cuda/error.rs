@@ -82,7 +82,13 @@ fn hint(name: &str) -> Option<&'static str> {
             "the driver cannot load this kernel: install a driver as new as the kernel compiler"
         }
         "CUDA_ERROR_LAUNCH_FAILED" | "CUDA_ERROR_ILLEGAL_ADDRESS" | "CUDA_ERROR_HARDWARE_STACK_ERROR" => {
-            "run `tokmeter check --device cuda:N`; if that fails too, look at `dmesg | grep -i xid`"
+            "run `tokmeter check --device cuda:N`; if that fails too, look at `dmesg | grep -i xid`, and try it with \
+             TOKMETER_CUDA_PDL=0 and TOKMETER_CUDA_GRAPHS=0"
+        }
+        "CUDA_ERROR_INVALID_HANDLE"
+        | "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"
+        | "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED" => {
+            "TOKMETER_CUDA_GRAPHS=0 runs without graphs, TOKMETER_CUDA_PDL=0 without kernels that overlap"
         }
         "CUDA_ERROR_ECC_UNCORRECTABLE"
         | "CUDA_ERROR_NVLINK_UNCORRECTABLE"

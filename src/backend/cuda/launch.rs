@@ -1,5 +1,6 @@
-//! Launches: one kernel with its arguments in one stream, without an allocation. From sm_90 on a launch may overlap
-//! the end of its predecessor (programmatic dependent launch); every kernel waits by itself before it reads.
+//! Launches: one kernel with its arguments in one stream, without an allocation. A launch may overlap the end of its
+//! predecessor (programmatic dependent launch); every kernel waits by itself before it reads. Which launches do is
+//! decided by the queue.
 
 use std::ffi::c_void;
 
@@ -53,7 +54,7 @@ pub(super) fn at(address: u64) -> Argument {
     Argument(address)
 }
 
-/// Queues `kernel`.
+/// Queues `kernel`, which with `overlap` may start while what was queued before it ends.
 ///
 /// # Errors
 /// Names the kernel and the shape.
@@ -67,6 +68,7 @@ pub(super) unsafe fn launch(
     kernel: &Kernel,
     grid: Grid,
     arguments: &[Argument],
+    overlap: bool,
 ) -> Result<(), CudaError> {
     assert!(arguments.len() <= MAX_ARGUMENTS, "{} takes more arguments than a launch passes", kernel.name());
     // Kernel parameters are copied from these addresses during the call; little-endian, so that the low bytes of a word
@@ -75,7 +77,7 @@ pub(super) unsafe fn launch(
     for (pointer, argument) in pointers.iter_mut().zip(arguments) {
         *pointer = (&raw const argument.0).cast_mut().cast();
     }
-    let mut overlap = sys::CUlaunchAttribute {
+    let mut attribute = sys::CUlaunchAttribute {
         id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
         pad: [0; 4],
         value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
@@ -90,10 +92,10 @@ pub(super) unsafe fn launch(
         blockDimZ: 1,
         sharedMemBytes: grid.shared_bytes,
         hStream: stream.raw(),
-        attrs: &raw mut overlap,
-        numAttrs: u32::from(stream.context().properties().has_dependent_launch()),
+        attrs: &raw mut attribute,
+        numAttrs: u32::from(overlap),
     };
-    // SAFETY: the caller vouches for the arguments; `config`, `overlap` and `pointers` outlive the call.
+    // SAFETY: the caller vouches for the arguments; `config`, `attribute` and `pointers` outlive the call.
     let result = unsafe {
         sys::cuLaunchKernelEx(
             &raw const config,

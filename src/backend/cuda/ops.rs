@@ -1,8 +1,6 @@
 //! The fused operations, each a few launches in the backend's stream. A decode step is captured as a graph for its
 //! bucket of sequences and replayed as long as it would launch the very same things.
 
-use std::sync::Arc;
-
 use anyhow::{Context as _, ensure};
 
 use super::attend::Operands;
@@ -11,7 +9,6 @@ use super::device::Cuda;
 use super::kernels::Epilogue;
 use super::launch::{Grid, at, float, int};
 use super::memory::{DeviceBuffer, Element, Transfer};
-use super::module::Graph;
 use super::products::Product;
 use super::queue::{Mode, bucket, last_of_each};
 use super::staging::Staged;
@@ -132,9 +129,8 @@ impl Cuda {
         self.queue.begin(Mode::Rehearse);
         body(self)?;
         if !self.queue.replay(bucket)? {
-            let stream = Arc::clone(&self.queue.stream);
-            self.queue.begin(Mode::Capture);
-            let graph = Graph::capture(&stream, || body(self))
+            let graph = self
+                .capture(body)
                 .with_context(|| format!("capturing a decode step of {bucket} sequences"))?;
             self.queue.keep(bucket, graph)?;
         }

@@ -13,7 +13,7 @@ use super::error::OutOfMemory;
 use super::kernels::{Epilogue, PeakKernels};
 use super::launch::{Argument, Grid, at, float, int};
 use super::memory::{DeviceBuffer, Element, Pinned};
-use super::module::{Graph, Kernel};
+use super::module::Kernel;
 use super::products::Product;
 use crate::backend::peaks::{Kind, Load, Protocol, TIMES_CACHE, TOO_LITTLE, Work};
 use crate::record::{Ceiling, Ceilings, Maybe};
@@ -162,8 +162,11 @@ impl Probe<'_> {
     }
 
     fn graph_nodes(&self, cuda: &mut Cuda) -> anyhow::Result<Maybe<Ceiling>> {
+        if !cuda.options.graphs {
+            return Ok(Maybe::missing("graphs_switched_off"));
+        }
         let stream = Arc::clone(&cuda.queue.stream);
-        let graph = Graph::capture(&stream, || (0..GRAPH_NODES).try_for_each(|_| self.empty(cuda)))?;
+        let graph = cuda.capture(|cuda| (0..GRAPH_NODES).try_for_each(|_| self.empty(cuda)))?;
         let timed = self.protocol.time(LEAST_NS, |count| {
             (0..count).try_for_each(|_| graph.launch(&stream))?;
             Ok(stream.synchronize()?)

@@ -1,6 +1,6 @@
 //! The stream of one backend, and what a step does with it: queue at once, rehearse (note the launches, queue none)
 //! or capture. Notes make replaying safe: a graph is launched only when the step would launch exactly the kernels,
-//! grids, addresses and numbers that were captured.
+//! grids, addresses and numbers that were captured. Decides which launches may overlap what was queued before them.
 
 use std::collections::HashMap;
 use std::ops::RangeInclusive;
@@ -18,13 +18,18 @@ const LIBRARY: u64 = 0;
 pub(super) enum Mode {
     Queue,
     Rehearse,
-    Capture,
+    /// `overlap`: with dependent launch.
+    Capture {
+        overlap: bool,
+    },
 }
 
 #[derive(Debug)]
 pub(super) struct Queue {
     pub(super) stream: Arc<Stream>,
     pub(super) mode: Mode,
+    /// Kernels may start while what was queued before them ends.
+    pub(super) dependent_launch: bool,
     /// The launches of the step being rehearsed or captured, as words.
     notes: Vec<u64>,
     /// By number of sequences.
@@ -32,8 +37,23 @@ pub(super) struct Queue {
 }
 
 impl Queue {
-    pub(super) fn new(stream: Stream) -> Self {
-        Queue { stream: Arc::new(stream), mode: Mode::Queue, notes: Vec::new(), graphs: HashMap::new() }
+    pub(super) fn new(stream: Stream, dependent_launch: bool) -> Self {
+        Queue {
+            stream: Arc::new(stream),
+            mode: Mode::Queue,
+            dependent_launch,
+            notes: Vec::new(),
+            graphs: HashMap::new(),
+        }
+    }
+
+    /// Whether the next launch may overlap what was queued before it. In a capture nothing comes before the first one:
+    /// drivers have refused the attribute there.
+    fn overlaps(&self) -> bool {
+        match self.mode {
+            Mode::Capture { overlap } => overlap && !self.notes.is_empty(),
+            Mode::Queue | Mode::Rehearse => self.dependent_launch,
+        }
     }
 
     /// Launches, or only notes, `kernel`.
@@ -47,6 +67,7 @@ impl Queue {
         grid: Grid,
         arguments: &[Argument],
     ) -> anyhow::Result<()> {
+        let overlap = self.overlaps();
         if self.mode != Mode::Queue {
             let [x, y, z] = grid.blocks.map(u64::from);
             let shape = [x, y, z, u64::from(grid.threads) << 32 | u64::from(grid.shared_bytes)];
@@ -56,7 +77,7 @@ impl Queue {
         }
         if self.mode != Mode::Rehearse {
             // SAFETY: the caller's promise.
-            unsafe { launch(&self.stream, kernel, grid, arguments) }?;
+            unsafe { launch(&self.stream, kernel, grid, arguments, overlap) }?;
         }
         Ok(())
     }
@@ -89,6 +110,16 @@ impl Queue {
             }
             _ => Ok(false),
         }
+    }
+
+    /// Forgets all graphs.
+    pub(super) fn forget(&mut self) -> anyhow::Result<()> {
+        if !self.graphs.is_empty() {
+            // One of them may still be running.
+            self.stream.synchronize()?;
+            self.graphs.clear();
+        }
+        Ok(())
     }
 
     /// Keeps `graph`, which was captured with the notes just taken, and launches it.

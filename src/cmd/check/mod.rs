@@ -8,13 +8,13 @@ use std::path::PathBuf;
 
 use clap::ValueEnum;
 
-use super::device::{self, DType, GemmChoice, JitChoice, Target};
-use super::{FAILED, print};
+use super::device::{self, DType, GemmChoice, JitChoice, Target, switches_help};
+use super::{FAILED, print, remark};
 
 /// Check what this device computes against the reference, or dump log-probabilities of given texts
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Without --prompts, every operation and a shallow slice of the model (its shapes, 2 layers, at \
+    after_help = concat!("Without --prompts, every operation and a shallow slice of the model (its shapes, 2 layers, at \
     most 4096 tokens of vocabulary) are held against plain scalar arithmetic: made-up weights, or with --dtype \
     quantized the checkpoint's own.\n\n\
     With --prompts, each line of FILE is {\"id\": \"a\", \"text\": \"…\"} or {\"id\": \"a\", \"token_ids\": [1, 2]}. \
@@ -27,7 +27,8 @@ use super::{FAILED, print};
     tokmeter check -m qwen3-8b --format json\n  \
     tokmeter check -m model.gguf --dtype quantized\n  \
     tokmeter check --prompts prompts.jsonl --top 8 --greedy 32 --out logprobs.jsonl\n\n\
-    Exit codes: 0 all within tolerance, 1 something failed, 2 usage, 3 a broken prompt or model file"
+    ", switches_help!(), "\n\n\
+    Exit codes: 0 all within tolerance, 1 something failed, 2 usage, 3 a broken prompt or model file")
 )]
 pub struct Args {
     /// auto, cpu or cuda:N
@@ -86,6 +87,9 @@ pub fn run(args: Args) -> anyhow::Result<u8> {
     if let Some(file) = &args.prompts {
         prompts::score_file(file, target, &args)?;
         return Ok(0);
+    }
+    if matches!(target, Target::Cuda { options, .. } if !options.graphs) {
+        remark("graphs are switched off (TOKMETER_CUDA_GRAPHS=0) and not held against single launches");
     }
     let report = numerics::check(target, &args)?;
     print(&match args.format {

@@ -6,7 +6,7 @@ use serde::Serialize;
 use super::{Asked, Section};
 use crate::analysis::stats::{Change, paired_change};
 use crate::arch::Config;
-use crate::backend::{Backend, Cpu, CpuDType, Cuda, CudaOptions, Sampling};
+use crate::backend::{Backend, Cpu, CpuDType, Cuda, Sampling};
 use crate::clock::Clock;
 use crate::cmd::device::{self, GemmChoice, JitChoice, Target};
 use crate::cmd::model::{config_of, name_of};
@@ -121,8 +121,8 @@ fn engine(
     let shape = shape_of(&config);
     match target {
         Target::Cpu(_) => Ok((with_weights(Cpu::new(shape, CpuDType::F32), config, clock)?, None)),
-        Target::Cuda { index, .. } => {
-            let cuda = Cuda::new(index, shape, CudaOptions::default())?;
+        Target::Cuda { index, options } => {
+            let cuda = Cuda::new(index, shape, options)?;
             let not_a_measurement = device::not_a_measurement(&cuda);
             Ok((with_weights(cuda, config, clock)?, not_a_measurement))
         }

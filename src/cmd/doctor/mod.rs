@@ -191,7 +191,7 @@ pub fn run(args: Args) -> anyhow::Result<u8> {
         super::device::start_threads(None)?;
     }
     if args.sensors {
-        let (section, probes) = probe::sensors(args.device, &Roots::default(), ns(STEP_S));
+        let (section, probes) = probe::sensors(args.device, &Roots::default(), ns(STEP_S))?;
         findings.findings.extend(section.findings);
         findings.sensor_probes = probes;
     }

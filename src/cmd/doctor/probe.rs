@@ -56,16 +56,26 @@ pub(super) struct SensorProbe {
 }
 
 /// The asked device's sensor under load; for `auto` every GPU's, by reading alone.
-pub(super) fn sensors(asked: Asked, roots: &Roots, step_ns: u64) -> (Section, Vec<SensorProbe>) {
+///
+/// # Errors
+/// When what the environment switches off makes no sense.
+pub(super) fn sensors(
+    asked: Asked,
+    roots: &Roots,
+    step_ns: u64,
+) -> anyhow::Result<(Section, Vec<SensorProbe>)> {
     let mut section = Section::new("sensor probe");
     let clock = Clock::monotonic();
     let probes = match asked {
         Asked::Auto => every_gpu(&mut section, &clock),
         Asked::Cpu => cpu(&mut section, roots, &clock, step_ns),
-        Asked::Cuda(index) => gpu(&mut section, index, &clock, step_ns),
+        Asked::Cuda(index) => {
+            let options = device::plain_cuda_options()?;
+            gpu(&mut section, (index, options), &clock, step_ns)
+        }
     };
     probes.iter().for_each(|found| report(&mut section, found));
-    (section, probes)
+    Ok((section, probes))
 }
 
 fn missing(section: &mut Section, what: &str, absent: &Absent) {
@@ -105,7 +115,12 @@ struct Loaded {
     not_a_measurement: Option<String>,
 }
 
-fn gpu(section: &mut Section, index: u32, clock: &Clock, step_ns: u64) -> Vec<SensorProbe> {
+fn gpu(
+    section: &mut Section,
+    (index, options): (u32, CudaOptions),
+    clock: &Clock,
+    step_ns: u64,
+) -> Vec<SensorProbe> {
     let what = format!("cuda:{index} power");
     let Some(id) = device::gpu_id(index) else {
         section.missing(what, "the device has no identity by which NVML could know it", None);
@@ -120,7 +135,7 @@ fn gpu(section: &mut Section, index: u32, clock: &Clock, step_ns: u64) -> Vec<Se
         }
     };
     let open = || -> anyhow::Result<(Cuda, Loaded)> {
-        let cuda = Cuda::new(index, shape_of(&config_of(DEFAULT_MODEL)?), CudaOptions::default())?;
+        let cuda = Cuda::new(index, shape_of(&config_of(DEFAULT_MODEL)?), options)?;
         let not_a_measurement = device::not_a_measurement(&cuda);
         Ok((cuda, Loaded { name: "read", not_a_measurement }))
     };

@@ -10,7 +10,7 @@ use anyhow::Context as _;
 use clap::ValueEnum;
 use serde::Serialize;
 
-use super::device::{self, DType, GemmChoice, JitChoice, Target};
+use super::device::{self, DType, GemmChoice, JitChoice, Target, switches_help};
 use super::model::config_of;
 use super::{print, remark, usage};
 use crate::backend::peaks::Protocol;
@@ -30,7 +30,7 @@ const PREPARATION_S: f64 = 30.0;
 /// Measure this device's ceilings: bandwidth, matmul peak, launches, transfers
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Every ceiling is the best that was sustained over three repetitions in a row, on random data and, \
+    after_help = concat!("Every ceiling is the best that was sustained over three repetitions in a row, on random data and, \
     for memory, on at least 8 times the last-level cache. --ops then times every fused operation at a model's shapes \
     against the bound max(bytes / bandwidth, flops / matmul peak): decode steps for each --batch and --depth, \
     prompts for each --batch and --isl.\n\n\
@@ -39,7 +39,8 @@ const PREPARATION_S: f64 = 30.0;
     tokmeter peaks --device cuda:0 --seconds 2 --format json --out peaks.json\n  \
     tokmeter peaks --ops -m llama-3.1-8b --batch 1,64 --depth 1024\n  \
     tokmeter peaks --ops --batch 1 --isl 512\n\n\
-    Exit codes: 0 done, 1 the device failed, 2 usage"
+    ", switches_help!(), "\n\n\
+    Exit codes: 0 done, 1 the device failed, 2 usage")
 )]
 pub struct Args {
     /// auto, cpu or cuda:N

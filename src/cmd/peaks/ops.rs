@@ -83,7 +83,7 @@ impl Request {
             ceilings,
             protocol: &protocol,
             most_bytes: memory_bytes / 4,
-            captures: matches!(target, Target::Cuda { .. }),
+            captures: matches!(target, Target::Cuda { options, .. } if options.graphs),
         };
         let times = timer.time_all(&self.shapes)?;
         let info = make(crate::model::shape_of(weights.config()))?.info();

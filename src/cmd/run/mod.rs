@@ -23,7 +23,7 @@ use crate::record::{Cell, Outcome, Record, Status, Store, Thermal, Workload, che
 use crate::runner::{self, Stage, Witness};
 use crate::{analysis, report};
 
-use super::device::{DType, GemmChoice, JitChoice};
+use super::device::{self, DType, GemmChoice, JitChoice, switches_help};
 use super::price::PriceArgs;
 use super::{FAILED, INTERRUPTED, interrupt, print, remark, usage};
 use choices::Choices;
@@ -33,7 +33,7 @@ use view::View;
 #[derive(Debug, clap::Args)]
 #[command(
     allow_negative_numbers = true,
-    after_help = "Cells: give --suite, or sizes. The sizes choose the kind:\n  \
+    after_help = concat!("Cells: give --suite, or sizes. The sizes choose the kind:\n  \
     --batch --isl                     prefill\n  \
     --batch --depth [--osl]           decode at a context depth\n  \
     --batch --isl --osl               generate\n  \
@@ -46,7 +46,7 @@ use view::View;
     tokmeter run --suite standard --cost costs/owned-8-gpu-server.toml --currency EUR\n  \
     tokmeter run -m smollm2-135m --dtype quantized --batch 1..16*2 --depth 128,512\n  \
     tokmeter run -m ./model.gguf --concurrency 4 --isl 64 --osl 32 --format csv\n  \
-    tokmeter run --weights synthetic -m llama-3.2-1b --batch 1 --isl 128 --dry-run"
+    tokmeter run --weights synthetic -m llama-3.2-1b --batch 1 --isl 128 --dry-run\n\n", switches_help!())
 )]
 pub struct Args {
     /// Named suite (quick, gpu-quick, standard, gpu-standard, decode, prefill, driver, calibration, calibration-small) or
@@ -263,6 +263,7 @@ impl Bench<'_> {
             let interrupted = cell.outcome == Outcome::Interrupted;
             record.cells.push(cell);
             record::update_engine(record, self.started);
+            device::remark_refusals();
             if interrupted {
                 record.status = Status::Interrupted;
                 break;

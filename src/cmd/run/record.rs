@@ -71,9 +71,11 @@ fn session(choices: &Choices, machine: &Machine, roots: &Roots) -> Session {
     }
 }
 
-/// Brings what the engine says of itself up to date: it makes room, and tunes products, when they first come up.
+/// Brings what the engine says of itself up to date: it makes room, tunes products and captures graphs when they first
+/// come up.
 pub(super) fn update_engine(record: &mut Record, started: &Started) {
     let info = started.engine.info();
+    record.engine.kernels = given(info.backend.kernels.map(Kernels::from), "no_gpu");
     record.engine.cublaslt = info.backend.cublaslt;
     record.engine.activations_bytes = info.memory.activations_bytes;
 }

@@ -180,7 +180,7 @@ impl CublasLt {
         for shape in [ProductShape { rows: tuned_rows(exact.rows), ..exact }, exact] {
             if !self.choices.contains_key(&shape) {
                 ensure!(
-                    queue.mode != Mode::Capture,
+                    !matches!(queue.mode, Mode::Capture { .. }),
                     "the product of {shape} was not seen before its capture"
                 );
                 let choice = self.tune(&queue.stream, &shape, w)?;
