@@ -416,6 +416,58 @@ fn registers_of_machine_code_are_suspicious_and_those_of_the_driver_s_compiler_a
 }
 
 #[test]
+fn a_capture_that_the_driver_refused_is_its_doing_and_a_switch_is_a_changed_option() {
+    let launched = |change: &'static (dyn Fn(&mut Kernels) + Sync), form: &'static str| {
+        move |record: &mut Record| {
+            with_kernels(form, 96)(record);
+            let Maybe::Value(kernels) = &mut record.engine.kernels else { unreachable!("just made") };
+            change(kernels);
+        }
+    };
+    let refused: &(dyn Fn(&mut Kernels) + Sync) =
+        &|kernels| kernels.capture_retry = Maybe::Value("CUDA_ERROR_INVALID_HANDLE".to_owned());
+    for (form, branch) in [("sass", "engine.kernels"), ("ptx", "engine.ptx_kernels")] {
+        let before = side("a", even, with_kernels(form, 96));
+        let result = compared(&before, &side("b", even, launched(refused, form)));
+        assert_eq!(result.verdict, Verdict::Same, "{form}: {:?}", result.reasons);
+        let line = &result.environment[0];
+        assert_eq!((line.field.as_str(), line.class), (&*format!("{branch}.capture_retry"), Class::Expected));
+        let text = comparison_table(&result);
+        let cause =
+            "driver: graphs whose kernels may overlap not refused → refused with CUDA_ERROR_INVALID_HANDLE";
+        assert!(text.contains(cause), "{text}");
+        // A file of a program that did not retry is no change of the driver, and yet a cause.
+        let older: &(dyn Fn(&mut Kernels) + Sync) =
+            &|kernels| kernels.capture_retry = Maybe::missing("not_recorded");
+        let result =
+            compared(&side("a", even, launched(older, form)), &side("b", even, launched(refused, form)));
+        assert_eq!((result.verdict, result.environment[0].class), (Verdict::Same, Class::Dynamic));
+        assert!(comparison_table(&result).contains(cause));
+        let off: &(dyn Fn(&mut Kernels) + Sync) = &|kernels| kernels.dependent_launch = false;
+        let result = compared(&before, &side("b", even, launched(off, form)));
+        assert!(result.confounded, "{:?}", result.reasons);
+        let line = &result.environment[0];
+        assert_eq!((line.class, &*line.group), (Class::Suspicious, "kernels"));
+    }
+}
+
+#[test]
+fn a_switch_is_declared_with_the_kernels() {
+    let off = |record: &mut Record| {
+        with_kernels("sass", 96)(record);
+        record.machine.env.insert("TOKMETER_CUDA_GRAPHS".to_owned(), "0".to_owned());
+        let Maybe::Value(kernels) = &mut record.engine.kernels else { unreachable!("just made") };
+        kernels.graphs = false;
+    };
+    let result = compared(&side("a", even, with_kernels("sass", 96)), &side("b", even, off));
+    let fields: Vec<(&str, &str)> =
+        result.environment.iter().map(|line| (line.field.as_str(), line.group.as_str())).collect();
+    let expected = [("engine.kernels.graphs", "kernels"), ("machine.env.TOKMETER_CUDA_GRAPHS", "kernels")];
+    assert_eq!(fields, expected);
+    assert!(result.confounded);
+}
+
+#[test]
 fn what_only_the_driver_s_compiler_slows_is_told_by_the_two_forms() {
     let both = |name: &str, sass: f64, ptx: f64| {
         let mut samples = side(name, |_| sass, with_kernels("sass", 96));

@@ -67,10 +67,11 @@ static ROWS: LazyLock<Vec<(String, Class, &str)>> = LazyLock::new(|| {
 
 /// The kernels of records whose kernels the driver compiled, which facts hold in a place of their own: what it makes of
 /// them is what is compared.
-const PTX_KERNELS: [(&str, Class, &str); 4] = [
+const PTX_KERNELS: [(&str, Class, &str); 5] = [
     ("engine.ptx_kernels.architecture", Identity, ""),
     ("engine.ptx_kernels.deterministic", Identity, ""),
     ("engine.ptx_kernels.resources", Expected, "driver"),
+    ("engine.ptx_kernels.capture_retry", Expected, "driver"),
     ("engine.ptx_kernels", Suspicious, "kernels"),
 ];
 

@@ -14,6 +14,9 @@ const MOST_LINES: usize = 12;
 /// Where the facts of the kernels' resources lie, for both forms.
 const RESOURCES: [&str; 2] = ["engine.kernels.resources.", "engine.ptx_kernels.resources."];
 
+/// Where the fact lies that a driver refused a capture, for both forms.
+const RETRIES: [&str; 2] = ["engine.kernels.capture_retry", "engine.ptx_kernels.capture_retry"];
+
 /// All of it, most telling first.
 pub(in crate::report) fn why(result: &Comparison) -> Vec<String> {
     if result.cells.is_empty() {
@@ -129,7 +132,29 @@ fn algorithm(change: &AlgorithmChange) -> String {
     )
 }
 
-/// Registers, spills and sizes of kernels that are others than before.
+/// Graphs that a driver took only without overlap, on one side or by another error.
+fn retries(result: &Comparison) -> Vec<String> {
+    let is_missing = |value: &String| value.starts_with("missing: ");
+    let side = |values: &[String]| match values.iter().all(is_missing) {
+        true => "not refused".to_owned(),
+        false => format!("refused with {}", shortened(values)),
+    };
+    let is_refused = |change: &&Difference| {
+        let mut values = change.baseline.iter().chain(&change.candidate);
+        RETRIES.contains(&change.field.as_str()) && !values.all(is_missing)
+    };
+    let line = |change: &Difference| {
+        format!(
+            "driver: graphs whose kernels may overlap {} → {}; where they are refused, each kernel of a decode step waits \
+             for the one before",
+            side(&change.baseline),
+            side(&change.candidate)
+        )
+    };
+    result.environment.iter().filter(is_refused).map(line).collect()
+}
+
+/// How kernels run otherwise than before, and their registers, spills and sizes.
 pub(in crate::report) fn kernels(result: &Comparison) -> Vec<String> {
     let line = |change: &Difference| {
         let (kernel, figure) =
@@ -142,7 +167,9 @@ pub(in crate::report) fn kernels(result: &Comparison) -> Vec<String> {
             shortened(&change.candidate)
         ))
     };
-    limited(result.environment.iter().filter_map(line), "figures of kernels changed")
+    let mut lines = retries(result);
+    lines.extend(limited(result.environment.iter().filter_map(line), "figures of kernels changed"));
+    lines
 }
 
 /// The first lines, and how many there are.
