@@ -393,15 +393,15 @@ mod tests {
         let variable = |name: &str| (name == "PATH").then(|| path.clone());
         let is_asked = || site.join("asked").exists();
         let named = |found: Vec<Found>| names(root, &found);
-        let system = ("usr/lib64/libnvrtc.so.12".to_owned(), "system");
-        assert_eq!(named(search(root, &variable)), [system.clone()]);
-        assert_eq!(named(search_for("libnvrtc.so", root, &variable)), [system.clone()]);
+        let system = || ("usr/lib64/libnvrtc.so.12".to_owned(), "system");
+        assert_eq!(named(search(root, &variable)), [system()]);
+        assert_eq!(named(search_for("libnvrtc.so", root, &variable)), [system()]);
         assert!(!is_asked(), "nothing was missing");
-        let torch = ("conda/site/torch/lib/libcublasLt.so.12".to_owned(), "python3");
-        assert_eq!(named(search_for("libcublasLt.so", root, &variable)), [torch.clone()]);
+        let torch = || ("conda/site/torch/lib/libcublasLt.so.12".to_owned(), "python3");
+        assert_eq!(named(search_for("libcublasLt.so", root, &variable)), [torch()]);
         assert!(is_asked());
         let own = ("conda/site/nvidia/cu13/lib/libnvrtc.so.13".to_owned(), "python3");
-        assert_eq!(named(search_all(root, &variable)), [system, own, torch]);
+        assert_eq!(named(search_all(root, &variable)), [system(), own, torch()]);
         assert_eq!(named(search_for("libcuda.so", root, &variable)), []);
         assert_eq!(std::fs::read_to_string(site.join("asked")).unwrap(), "asked\n", "asked once");
     }
