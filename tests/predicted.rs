@@ -108,6 +108,7 @@ fn kernels() -> Kernels {
         form: Maybe::Value("sass".to_owned()),
         graphs: true,
         dependent_launch: true,
+        capture_retry: Maybe::missing("not_needed"),
         deterministic: false,
         resources: Maybe::Value(resources),
     }
