@@ -79,6 +79,24 @@ fn assert_all_pass(dtype: CudaDType, stored: StoredDType) {
     }
 }
 
+/// All that is promised in deterministic mode is computed by own kernels, whatever was asked for.
+#[test]
+fn a_check_of_the_library_ends_and_names_it() {
+    let Some(library) = cublaslt() else { return };
+    let cache = tempfile::tempdir().unwrap();
+    let settings =
+        [("TOKMETER_CUDA_LIBS", library.as_str()), ("TOKMETER_CACHE", cache.path().to_str().unwrap())];
+    let arguments =
+        ["check", "--device", "cuda:0", "--gemm", "cublaslt", "-m", TINY, "--offline", "--format", "json"];
+    let Some(output) = tokmeter(Build::Plain, &settings, &arguments) else { return };
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["large_products"], "cuBLASLt 13.1.99 from 65 rows");
+    let forward = report["forward"].as_array().unwrap();
+    let deterministic = forward.iter().filter(|way| way["case"].as_str().unwrap().contains("deterministic"));
+    assert_eq!(deterministic.map(|way| way["passed"].clone()).collect::<Vec<_>>(), [true]);
+}
+
 struct Running {
     cuda: Cuda,
     model: Model<Cuda>,
