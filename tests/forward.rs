@@ -78,6 +78,25 @@ fn the_reference_agrees_with_numpy_on_every_architecture_and_format() {
     }
 }
 
+/// A pool of one thread computes one row after another.
+#[test]
+fn the_reference_has_the_same_bits_on_any_number_of_threads() {
+    for name in tiny::MODELS {
+        let on = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| {
+                let (mut reference, model) = tiny::load(name, Reference::new);
+                assert_eq!(reference.info().threads, threads);
+                let prompt: Vec<u32> = (0..45).map(|i| i * 7 % 320).collect();
+                last_logits(&mut reference, &model, &prompt)
+            })
+        };
+        let bits = |logits: Vec<f32>| logits.into_iter().map(f32::to_bits).collect::<Vec<_>>();
+        let serial = bits(on(1));
+        assert!([2, 3, 8].into_iter().all(|threads| bits(on(threads)) == serial), "{name}");
+    }
+}
+
 #[test]
 fn the_cpu_agrees_with_numpy_on_every_architecture_and_format() {
     for model in tiny::MODELS {

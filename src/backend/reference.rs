@@ -1,10 +1,12 @@
-//! The definition of right: every operation as plain scalar Rust over f32 values, one thread, no blocking, sums in
-//! f64. Nothing here is fast and nothing may become so at the price of being obvious. New buffers and pages hold NaN,
-//! so that reading what was never written shows.
+//! The definition of right: every operation as plain scalar Rust over f32 values, sums in f64. Rows of weights and heads
+//! of attention are dealt out to all cores, each computed as if it were alone, so that the bits do not depend on how
+//! many there are. Nothing here is fast and nothing may become so at the price of being obvious. New buffers and pages
+//! hold NaN, so that reading what was never written shows.
 
 use std::sync::Arc;
 
 use anyhow::ensure;
+use rayon::prelude::*;
 
 use super::sampling::{self, SampleQueue};
 use super::{
@@ -13,6 +15,11 @@ use super::{
 };
 use crate::record::Maybe;
 use crate::weights::HostTensor;
+
+/// Partial sums of a product of vectors.
+const LANES: usize = 16;
+/// Values of a weight that one task rounds.
+const TASK_ELEMENTS: usize = 1 << 18;
 
 /// Row-major values with a fixed row length.
 #[derive(Debug)]
@@ -80,10 +87,21 @@ impl Reference {
 
     /// `x += y · weightᵀ` for the batch's tokens.
     fn add_product(&self, batch: &Batch, weight: &Matrix, y: &Matrix, x: &mut Matrix) {
-        for t in 0..batch.num_tokens() {
-            add(x.row_mut(t), &product(weight, y.row(t)));
+        let inputs: Vec<&[f32]> = (0..batch.num_tokens()).map(|t| y.row(t)).collect();
+        for (t, product) in products(weight, &inputs).iter().enumerate() {
+            add(x.row_mut(t), product);
             self.keep(x.row_mut(t));
         }
+    }
+
+    /// RMSNorm of these rows of `x`.
+    fn normed(&self, x: &Matrix, rows: impl Iterator<Item = usize>, gain: &Matrix) -> Vec<Vec<f32>> {
+        let norm = |row: usize| {
+            let mut normed = rms_norm(x.row(row), gain.row(0), self.shape.rms_norm_eps);
+            self.keep(&mut normed);
+            normed
+        };
+        rows.map(norm).collect()
     }
 }
 
@@ -99,7 +117,7 @@ impl Backend for Reference {
             name: "reference",
             compute_dtype: "f32",
             kv_dtype: "f32",
-            threads: 1,
+            threads: rayon::current_num_threads(),
             kernels: None,
             cublaslt: Maybe::missing("not_cuda"),
         }
@@ -112,7 +130,7 @@ impl Backend for Reference {
     fn upload(&mut self, usage: WeightUse, parts: &[HostTensor<'_>]) -> anyhow::Result<Arc<Matrix>> {
         let (_, columns) = stack::stacked_shape(usage, parts)?;
         let mut values = stack::to_f32(parts)?;
-        self.keep(&mut values);
+        values.par_chunks_mut(TASK_ELEMENTS).for_each(|values| self.keep(values));
         self.memory.weights_bytes += size_of_val(values.as_slice()) as u64;
         Ok(Arc::new(Matrix { columns, values }))
     }
@@ -163,10 +181,8 @@ impl Backend for Reference {
         let (head_dim, eps) = (self.shape.head_dim, self.shape.rms_norm_eps);
         let (q_size, kv_size) = (self.shape.q_size(), self.shape.kv_size());
         let LayerKv { keys, values } = &mut kv.layers[layer];
-        for t in 0..batch.num_tokens() {
-            let mut normed = rms_norm(x.row(t), weights.norm.row(0), eps);
-            self.keep(&mut normed);
-            let mut qkv = product(&weights.qkv, &normed);
+        let normed = self.normed(x, 0..batch.num_tokens(), &weights.norm);
+        for (t, mut qkv) in products(&weights.qkv, &normed).into_iter().enumerate() {
             if let Some(bias) = &weights.bias {
                 add(&mut qkv, bias.row(0));
             }
@@ -196,26 +212,24 @@ impl Backend for Reference {
         kv: &ReferenceKv,
         out: &mut Matrix,
     ) -> anyhow::Result<()> {
-        let head_dim = self.shape.head_dim;
-        let group = self.shape.num_heads / self.shape.num_kv_heads;
+        let Shape { num_heads, num_kv_heads, head_dim, .. } = self.shape;
+        let group = num_heads / num_kv_heads;
         let LayerKv { keys, values } = &kv.layers[layer];
-        for s in 0..batch.num_sequences() {
-            let pages = batch.sequence_pages(s);
+        let sequences: Vec<usize> =
+            (0..batch.num_sequences()).flat_map(|s| batch.query_rows(s).map(move |_| s)).collect();
+        let heads = out.values[..batch.num_tokens() * out.columns].par_chunks_mut(head_dim).enumerate();
+        heads.for_each(|(index, mixed)| {
+            let (t, head) = (index / num_heads, index % num_heads);
+            let pages = batch.sequence_pages(sequences[t]);
             let slot =
                 |position: usize| pages[position / PAGE_SIZE] as usize * PAGE_SIZE + position % PAGE_SIZE;
-            for t in batch.query_rows(s) {
-                let visible = batch.positions[t] as usize + 1;
-                for head in 0..self.shape.num_heads {
-                    let columns = head / group * head_dim..(head / group + 1) * head_dim;
-                    let key = |position: usize| &keys.row(slot(position))[columns.clone()];
-                    let value = |position: usize| &values.row(slot(position))[columns.clone()];
-                    let query = &q.row(t)[head * head_dim..][..head_dim];
-                    let mixed = &mut out.row_mut(t)[head * head_dim..][..head_dim];
-                    attend(query, visible, key, value, mixed);
-                    self.keep(mixed);
-                }
-            }
-        }
+            let columns = head / group * head_dim..(head / group + 1) * head_dim;
+            let key = |position: usize| &keys.row(slot(position))[columns.clone()];
+            let value = |position: usize| &values.row(slot(position))[columns.clone()];
+            let query = &q.row(t)[head * head_dim..][..head_dim];
+            attend(query, batch.positions[t] as usize + 1, key, value, mixed);
+            self.keep(mixed);
+        });
         Ok(())
     }
 
@@ -237,10 +251,8 @@ impl Backend for Reference {
         x: &Matrix,
         out: &mut Matrix,
     ) -> anyhow::Result<()> {
-        for t in 0..batch.num_tokens() {
-            let mut normed = rms_norm(x.row(t), weights.norm.row(0), self.shape.rms_norm_eps);
-            self.keep(&mut normed);
-            let gate_up = product(&weights.gate_up, &normed);
+        let normed = self.normed(x, 0..batch.num_tokens(), &weights.norm);
+        for (t, gate_up) in products(&weights.gate_up, &normed).iter().enumerate() {
             let (gate, up) = gate_up.split_at(self.shape.intermediate_size);
             for (out, (&gate, &up)) in out.row_mut(t).iter_mut().zip(gate.iter().zip(up)) {
                 *out = gate / (1.0 + (-gate).exp()) * up;
@@ -268,13 +280,13 @@ impl Backend for Reference {
         x: &Matrix,
         logits: &mut Matrix,
     ) -> anyhow::Result<()> {
+        let normed = self.normed(x, batch.sample_rows.iter().map(|&row| row as usize), &head.norm);
         let mut samples = Vec::with_capacity(batch.sample_rows.len());
-        for (s, (&row, &sampling)) in batch.sample_rows.iter().zip(&batch.sampling).enumerate() {
-            let mut normed = rms_norm(x.row(row as usize), head.norm.row(0), self.shape.rms_norm_eps);
-            self.keep(&mut normed);
-            logits.row_mut(s).copy_from_slice(&product(&head.lm_head, &normed));
+        for (s, product) in products(&head.lm_head, &normed).iter().enumerate() {
+            logits.row_mut(s).copy_from_slice(product);
             self.keep(logits.row_mut(s));
-            samples.push(sampling::choose(logits.row(s), sampling, batch.positions[row as usize])?);
+            let position = batch.positions[batch.sample_rows[s] as usize];
+            samples.push(sampling::choose(logits.row(s), batch.sampling[s], position)?);
         }
         self.samples.push(samples);
         Ok(())
@@ -301,13 +313,35 @@ fn rms_norm(x: &[f32], gain: &[f32], eps: f32) -> Vec<f32> {
     x.iter().zip(gain).map(|(&value, &gain)| (f64::from(value) * scale) as f32 * gain).collect()
 }
 
-/// `weight · x`, `[rows of weight]`
-fn product(weight: &Matrix, x: &[f32]) -> Vec<f32> {
-    (0..weight.rows()).map(|row| dot(weight.row(row), x) as f32).collect()
+/// `weight · x` for each `x`, `[inputs][rows of weight]`.
+fn products(weight: &Matrix, inputs: &[impl AsRef<[f32]> + Sync]) -> Vec<Vec<f32>> {
+    let count = inputs.len();
+    // `[rows of weight, inputs]`: a row meets every input while it is in the cache, and memory is read once a batch.
+    let mut by_row = vec![0f32; weight.rows() * count];
+    let rows = by_row.par_chunks_mut(count.max(1)).zip(weight.values.par_chunks(weight.columns));
+    rows.for_each(|(products, row)| {
+        for (product, x) in products.iter_mut().zip(inputs) {
+            *product = dot(row, x.as_ref()) as f32;
+        }
+    });
+    (0..count).map(|input| by_row[input..].iter().step_by(count).copied().collect()).collect()
 }
 
+/// The sum of products, each of which is exact in f64. Value `i` goes to partial sum `i % LANES`, and the partial sums
+/// are added in their order: a single sum would wait for each addition before it begins the next.
 fn dot(a: &[f32], b: &[f32]) -> f64 {
-    a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum()
+    let (a, a_rest) = a.as_chunks::<LANES>();
+    let (b, b_rest) = b.as_chunks::<LANES>();
+    let mut sums = [0f64; LANES];
+    for (a, b) in a.iter().zip(b) {
+        for lane in 0..LANES {
+            sums[lane] += f64::from(a[lane]) * f64::from(b[lane]);
+        }
+    }
+    for (sum, (&a, &b)) in sums.iter_mut().zip(a_rest.iter().zip(b_rest)) {
+        *sum += f64::from(a) * f64::from(b);
+    }
+    sums.iter().sum()
 }
 
 fn add(x: &mut [f32], y: &[f32]) {
@@ -344,5 +378,32 @@ fn attend<'a>(
         let sum: f64 =
             (0..visible).map(|position| weights[position] * f64::from(value(position)[column])).sum();
         *out = (sum / total) as f32;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_product_of_vectors_counts_every_value_once_at_any_length() {
+        for length in 0..3 * LANES + 2 {
+            // Integers below 2²⁴: every sum is exact, whatever its order.
+            let a: Vec<f32> = (0..length).map(|i| (i * i + 1) as f32).collect();
+            let b: Vec<f32> = (0..length).map(|i| 3.0 - i as f32).collect();
+            let expected: i64 = (0..length as i64).map(|i| (i * i + 1) * (3 - i)).sum();
+            assert_eq!(dot(&a, &b), expected as f64, "{length}");
+        }
+        assert!(dot(&[1.0, f32::NAN, 1.0], &[1.0; 3]).is_nan());
+    }
+
+    #[test]
+    fn products_are_by_input_and_then_by_row() {
+        let weight = Matrix { columns: 2, values: vec![1.0, 0.0, 0.0, 1.0, 2.0, 3.0] };
+        assert_eq!(
+            products(&weight, &[vec![5.0, 7.0], vec![1.0, -1.0]]),
+            [[5.0, 7.0, 31.0], [1.0, -1.0, -1.0]]
+        );
+        assert_eq!(products(&weight, &[] as &[Vec<f32>]), [[0f32; 3]; 0]);
     }
 }
