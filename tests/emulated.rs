@@ -14,13 +14,15 @@ use std::sync::LazyLock;
 
 use common::stand_in::{Build, run_test, stderr, tokmeter};
 use tokmeter::arch::TensorRole;
+use tokmeter::backend::peaks::{HostMemory, Protocol};
 use tokmeter::backend::{
     Backend, Batch, BufferUse, Cuda, CudaDType, CudaOptions, Head, Reference, Sampling, TokenInput, WeightUse,
 };
 use tokmeter::clock::Clock;
 use tokmeter::engine::{Engine, EngineLimits, LlmEngine, Request, StepOutput, score};
+use tokmeter::model::op_times::{OpTimer, StepShape};
 use tokmeter::model::{Model, shape_of};
-use tokmeter::record::{Kernels, Maybe, Outcome, Record, read};
+use tokmeter::record::{Ceilings, Kernels, Maybe, Outcome, Record, read};
 use tokmeter::weights::slice::Slice;
 use tokmeter::weights::synthetic::Synthetic;
 use tokmeter::weights::{HostTensor, StoredDType, Weights, open};
@@ -102,6 +104,87 @@ fn a_wrong_kernel_fails_the_check_by_the_name_of_its_operation() {
     let (code, report) = checked(&output);
     assert_eq!((code, failed(&report["ops"], "op")), (1, vec!["attention".to_owned()]));
     assert!(!failed(&report["forward"], "case").is_empty(), "{report:#}");
+}
+
+#[test]
+fn operations_are_timed_with_weights_that_the_device_makes() {
+    let name = "on_the_device_operation_times";
+    let Some(output) = run_test(name, Build::Plain, &[("EMU_UPLOADS", "1")]) else { return };
+    let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), stderr(&output));
+    assert!(output.status.success() && stdout.contains("1 passed"), "{stdout}\n{stderr}");
+    let number = |text: &str| text.parse::<u64>().unwrap();
+    let rotated = stdout.lines().find_map(|line| line.strip_prefix("weights: ")).map(number).unwrap();
+    let copy =
+        |line: &str| line.strip_prefix("emulated GPU: ")?.strip_suffix(" bytes from the host").map(number);
+    let brought: Vec<u64> = stderr.lines().filter_map(copy).collect();
+    // Activations and what describes the steps are brought.
+    assert!(!brought.is_empty() && brought.iter().sum::<u64>() < rotated / 4, "{rotated} {brought:?}");
+}
+
+#[test]
+#[ignore = "runs in a child process with the stand-in driver"]
+fn on_the_device_operation_times() {
+    let weights = Synthetic::new(open(Path::new(TINY[1])).unwrap().config().clone(), 0);
+    let host = HostMemory {
+        last_level_cache_bytes: Maybe::missing("not_asked"),
+        available_bytes: Maybe::missing("not_asked"),
+    };
+    let protocol = Protocol {
+        clock: Clock::monotonic(),
+        probe_ns: 1,
+        deadline_ns: u64::MAX,
+        host,
+        arithmetic_only: false,
+    };
+    let timer = OpTimer {
+        make: &|shape| Cuda::new(0, shape, CudaOptions::default()),
+        weights: &weights,
+        ceilings: &Ceilings {
+            last_level_cache_bytes: Maybe::Value(256 << 10),
+            ..Ceilings::missing("not_measured")
+        },
+        protocol: &protocol,
+        most_bytes: 64 << 20,
+        captures: false,
+    };
+    let times = timer.time_all(&[StepShape::Decode { batch: 1, depth: 16 }]).unwrap();
+    // Of a table only some rows are rotated, and attention has no weights.
+    let has_weights = |op: &str| !matches!(op, "embed" | "attention");
+    let rotated = times.iter().filter(|time| has_weights(time.op)).map(|time| time.rotated_bytes);
+    println!("\nweights: {}", rotated.sum::<u64>());
+}
+
+#[test]
+fn copies_of_a_weight_that_the_device_makes_differ() {
+    on_the_device("on_the_device_copies_of_a_weight", &[]);
+}
+
+/// A table's rows, which embedding looks up, are those that the host makes of the same recipe.
+#[test]
+#[ignore = "runs in a child process with the stand-in driver"]
+fn on_the_device_copies_of_a_weight() {
+    let weights = Synthetic::new(open(Path::new(TINY[0])).unwrap().config().clone(), 0);
+    let shape = shape_of(weights.config());
+    let hidden = shape.hidden_size;
+    let mut cuda = Cuda::new(0, shape, CudaOptions::default()).unwrap();
+    let mut batch = Batch::default();
+    batch.clear();
+    batch.push((0..16).map(TokenInput::Id), 0, &[0], None);
+    let mut rows = |copy| {
+        let recipe = weights.recipe("model.embed_tokens.weight").unwrap().for_copy(copy);
+        let table = cuda.generate(WeightUse::Embedding, std::slice::from_ref(&recipe)).unwrap().unwrap();
+        let mut x = cuda.buffer(BufferUse::Residual, 16, hidden).unwrap();
+        cuda.embed(&batch, &table, &mut x).unwrap();
+        let found = cuda.download(&x, 16, hidden).unwrap();
+        let host = |index| half::bf16::from_f32(recipe.generator.value(index)).to_f32();
+        assert_eq!(found, (0..found.len() as u64).map(host).collect::<Vec<f32>>(), "copy {copy}");
+        found
+    };
+    let copies = [0, 1, 2].map(&mut rows);
+    for [a, b] in [[0, 1], [1, 2], [0, 2]] {
+        let same = copies[a].iter().zip(&copies[b]).filter(|(a, b)| a == b).count();
+        assert!(same < copies[a].len() / 20, "{same} values of copies {a} and {b} are the same");
+    }
 }
 
 #[test]

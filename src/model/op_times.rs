@@ -1,6 +1,7 @@
 //! How long each fused operation takes at a model's shapes, against the bound that the device's ceilings set. Weights
 //! are rotated over several copies and keys and values over several layers, so that a cache does not hold what a whole
-//! model would stream. Knows no command line.
+//! model would stream. Made-up copies differ and are made on the device where it can, since they are many gigabytes
+//! together. Knows no command line.
 
 use std::borrow::Cow;
 
@@ -259,9 +260,9 @@ impl<B: Backend> OpTimer<'_, B> {
 
     /// The copies of an operation's weights, and the bytes of one on the device.
     fn copies(&self, backend: &mut B, op: Op) -> anyhow::Result<(Vec<OpWeights<B::Weight>>, u64)> {
-        let host = HostWeights::of(self.weights, op)?;
+        let mut source = Source::of(self.weights, op);
         let before = backend.memory().weights_bytes;
-        let mut copies = vec![host.upload(backend)?];
+        let mut copies = vec![source.put(backend, 0)?];
         let bytes = backend.memory().weights_bytes - before;
         let wanted = match op {
             Op::Attention => 1,
@@ -269,16 +270,16 @@ impl<B: Backend> OpTimer<'_, B> {
             Op::Embed => FEWEST_COPIES,
             _ => self.wanted(bytes, MOST_COPIES),
         };
-        for _ in 1..wanted {
-            copies.push(host.upload(backend)?);
+        for copy in 1..wanted {
+            copies.push(source.put(backend, copy)?);
         }
         Ok((copies, bytes))
     }
 
     /// Random keys and values for everything that the sequences hold, in every layer: those of random activations.
     fn fill(&self, backend: &mut B, shape: StepShape, rig: &mut Rig<B>, layers: usize) -> anyhow::Result<()> {
-        let host = HostWeights::of(self.weights, Op::AttnIn)?;
-        let OpWeights::AttnIn(weights) = host.upload(backend)? else { return Ok(()) };
+        let weights = Source::of(self.weights, Op::AttnIn).put(backend, 0)?;
+        let OpWeights::AttnIn(weights) = weights else { return Ok(()) };
         let (hidden, q_size) = (backend.shape().hidden_size, backend.shape().q_size());
         let mut x = backend.buffer(BufferUse::Residual, FILL_TOKENS, hidden)?;
         let mut q = backend.buffer(BufferUse::Activation, FILL_TOKENS, q_size)?;
@@ -410,31 +411,58 @@ impl<B: Backend> Rig<B> {
     }
 }
 
-/// Tensors of one operation on the host, to be uploaded many times.
-struct HostWeights<'a> {
+/// The weights of one operation, which can be put on a device many times: those of the first layer.
+struct Source<'a> {
+    weights: &'a dyn Weights,
     op: Op,
     /// As [`OpWeights`] has them: the norm first, then the matrix, then what only some architectures have.
-    parts: Vec<(WeightUse, Vec<HostTensor<'a>>)>,
+    parts: Vec<Part<'a>>,
 }
 
-impl<'a> HostWeights<'a> {
-    /// Those of the first layer.
-    fn of(weights: &'a dyn Weights, op: Op) -> anyhow::Result<Self> {
-        let config = weights.config();
-        let parts = names(config, op).into_iter().map(|(usage, names)| {
-            let tensors = names.iter().map(|name| weights.tensor(name)).collect::<anyhow::Result<_>>()?;
-            Ok((usage, tensors))
-        });
-        Ok(HostWeights { op, parts: parts.collect::<anyhow::Result<_>>()? })
+/// Tensors that are stacked into one weight.
+struct Part<'a> {
+    usage: WeightUse,
+    names: Vec<Cow<'static, str>>,
+    /// On the host, once the device could not make them.
+    tensors: Vec<HostTensor<'a>>,
+}
+
+impl<'a> Part<'a> {
+    fn put<B: Backend>(
+        &mut self,
+        weights: &'a dyn Weights,
+        backend: &mut B,
+        copy: u64,
+    ) -> anyhow::Result<B::Weight> {
+        let recipe = |name| weights.recipe(name).map(|recipe| recipe.for_copy(copy));
+        if let Some(recipes) = self.names.iter().map(|name| recipe(name)).collect::<Option<Vec<_>>>()
+            && let Some(made) = backend.generate(self.usage, &recipes)?
+        {
+            return Ok(made);
+        }
+        if self.tensors.is_empty() {
+            let tensors = self.names.iter().map(|name| weights.tensor(name));
+            self.tensors = tensors.collect::<anyhow::Result<_>>()?;
+        }
+        backend.upload(self.usage, &self.tensors)
+    }
+}
+
+impl<'a> Source<'a> {
+    fn of(weights: &'a dyn Weights, op: Op) -> Self {
+        let part = |(usage, names)| Part { usage, names, tensors: Vec::new() };
+        Source { weights, op, parts: names(weights.config(), op).into_iter().map(part).collect() }
     }
 
-    fn upload<B: Backend>(&self, backend: &mut B) -> anyhow::Result<OpWeights<B::Weight>> {
-        let uploaded: Vec<B::Weight> = self
+    /// Puts one more copy on the device. Each of made-up values has its own.
+    fn put<B: Backend>(&mut self, backend: &mut B, copy: u64) -> anyhow::Result<OpWeights<B::Weight>> {
+        let weights = self.weights;
+        let put: Vec<B::Weight> = self
             .parts
-            .iter()
-            .map(|(usage, tensors)| backend.upload(*usage, tensors))
+            .iter_mut()
+            .map(|part| part.put(weights, backend, copy))
             .collect::<anyhow::Result<_>>()?;
-        let mut rest = uploaded.into_iter();
+        let mut rest = put.into_iter();
         let mut next = || rest.next().with_context(|| format!("{} has too few weights", self.op.name()));
         Ok(match self.op {
             Op::Attention => OpWeights::Attention,

@@ -73,6 +73,15 @@ pub struct Recipe {
     pub generator: Generator,
 }
 
+impl Recipe {
+    /// The same tensor with other values for every copy; copy 0 is the tensor itself.
+    #[must_use]
+    pub fn for_copy(mut self, copy: u64) -> Self {
+        self.generator.key ^= mix(copy);
+        self
+    }
+}
+
 impl Generator {
     pub fn new(config: &Config, seed: u64, spec: &TensorSpec) -> Self {
         let (center, scale) = match spec.role {
@@ -272,6 +281,24 @@ mod tests {
         let same = |other: &[f32]| first.iter().zip(other).filter(|(a, b)| a == b).count();
         assert!(same(&values(1, SyntheticDType::F32, name)) < 5);
         assert!(same(&values(0, SyntheticDType::F32, "model.layers.0.mlp.up_proj.weight")) < 5);
+    }
+
+    #[test]
+    fn copies_of_a_tensor_differ_and_the_first_is_the_tensor() {
+        let weights = Synthetic::new(config(), 5);
+        let name = "model.embed_tokens.weight";
+        let copy = |copy| {
+            let generator = weights.recipe(name).unwrap().for_copy(copy).generator;
+            (0..10_000).map(|index| generator.value(index)).collect::<Vec<f32>>()
+        };
+        let itself = copy(0);
+        assert_eq!(itself, values(5, SyntheticDType::F32, name)[..10_000]);
+        for [a, b] in [[0, 1], [1, 2], [2, 1023], [0, 1023]] {
+            let (a, b) = (copy(a), copy(b));
+            assert!(a.iter().zip(&b).filter(|(a, b)| a == b).count() < 5);
+            // Nor is one the other, shifted.
+            assert!(!a.windows(3).any(|window| *window == b[..3]));
+        }
     }
 
     #[test]

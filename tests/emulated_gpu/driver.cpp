@@ -15,7 +15,8 @@
 //   EMU_TRACE=1: each operation as it runs, to stderr; EMU_TRACE=loads: contexts and modules as they come and go ·
 //   EMU_NAME: of the device (one without `emulated` is given compiled kernels, whose code is ignored) ·
 //   EMU_MODULE_ERROR=code: the answer to every image · EMU_REFUSE_PDL: of the launches that may overlap, refuses the
-//   =first of a capture, those of a =capture, or =all · EMU_REFUSE_CAPTURE=1: none begins
+//   =first of a capture, those of a =capture, or =all · EMU_REFUSE_CAPTURE=1: none begins ·
+//   EMU_UPLOADS=1: the bytes of each copy from the host, to stderr
 #include <mutex>
 #include <string>
 #include <set>
@@ -436,6 +437,8 @@ API cuMemFreeHost(void* address) {
 API cuMemcpyHtoDAsync_v2(u64 to, const void* from, size_t bytes, void* stream) {
     NEEDS_STREAM;
     if (!is_device_range(to, bytes)) return INVALID_VALUE;
+    static const bool is_told = getenv("EMU_UPLOADS") != nullptr;
+    if (is_told) fprintf(stderr, "emulated GPU: %zu bytes from the host\n", bytes);
     if (is_pinned(from) || stream_of(stream).capture) return queue(stream, {[=] { memcpy(reinterpret_cast<void*>(to), from, bytes); }, {}});
     auto staged = std::make_shared<std::string>(static_cast<const char*>(from), bytes);  // pageable: the call takes a copy
     return queue(stream, {[=] { memcpy(reinterpret_cast<void*>(to), staged->data(), bytes); }, {}});
