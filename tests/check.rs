@@ -7,6 +7,8 @@ use std::process::{Command, Output};
 
 use serde_json::Value;
 
+const OPS: [&str; 7] = ["embed", "attn_in", "attention", "attn_out", "mlp_in", "mlp_out", "logits"];
+
 fn check(args: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_tokmeter"));
     command.current_dir(env!("CARGO_MANIFEST_DIR")).arg("check").args(args).output().unwrap()
@@ -37,8 +39,74 @@ fn numerics_pass_on_this_machine_and_are_listed_by_operation() {
     assert_eq!((&report["passed"], &report["threads"]), (&Value::Bool(true), &Value::from(2)));
     let ops: Vec<&str> =
         report["ops"].as_array().unwrap().iter().map(|op| op["op"].as_str().unwrap()).collect();
-    assert_eq!(ops, ["embed", "attn_in", "attention", "attn_out", "mlp_in", "mlp_out", "logits"]);
+    assert_eq!(ops, OPS);
     assert_eq!(report["forward"].as_array().unwrap().len(), 4);
+    assert!(report["only"].is_null());
+    for part in report["ops"].as_array().unwrap().iter().chain(report["forward"].as_array().unwrap()) {
+        let number = |field: &str| part[field].as_f64().unwrap_or_else(|| panic!("{field}: {part:#}"));
+        let (error, tolerance, used) = (number("worst_error"), number("tolerance"), number("tolerance_used"));
+        assert_eq!(part["verdict"], "ok");
+        assert!(error <= number("max_error") && error <= tolerance && used <= 1.0, "{part:#}");
+        // What looks up a row is exact and has no worst case.
+        assert_eq!(part["worst_case"].is_string(), used > 0.0, "{part:#}");
+        assert!(used == 0.0 || (error / tolerance / used - 1.0).abs() < 1e-9, "{part:#}");
+    }
+}
+
+#[test]
+fn one_operation_is_checked_alone_and_the_report_says_what_is_left_out() {
+    let args = ["--device", "cpu", "--op", "attention", "--case", "GQA 3, prompt of 45"];
+    let output = check(&[&args[..], &["--format", "json"]].concat());
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let ops = report["ops"].as_array().unwrap();
+    assert_eq!((ops.len(), &ops[0]["op"], &ops[0]["cases"]), (1, &"attention".into(), &3.into()));
+    assert!(ops[0]["worst_case"].as_str().unwrap().starts_with("GQA 3, prompt of 45, "), "{report:#}");
+    let expected = serde_json::json!({
+        "op": "attention", "case": "GQA 3, prompt of 45", "cases": 3, "cases_of_op": 147,
+        "not_checked": ["embed", "attn_in", "attn_out", "mlp_in", "mlp_out", "logits", "forward pass"],
+    });
+    assert_eq!(report["only"], expected);
+    assert_eq!((&report["forward"], &report["model"]), (&serde_json::json!([]), &Value::Null));
+    let table = check(&args);
+    let table = text(&table.stdout);
+    assert!(
+        table.contains("only 3 of 147 cases of attention\n") && !table.contains("forward pass of"),
+        "{table}"
+    );
+    assert!(table.contains("ok: 3 of 147 cases of attention\nnot checked: 144 other cases"), "{table}");
+}
+
+#[test]
+fn every_operation_can_be_checked_alone() {
+    for op in OPS {
+        let args = ["--device", "cpu", "--op", op, "--case", "odd sizes, prompts across tiles"];
+        let output = check(&[&args[..], &["--format", "json"]].concat());
+        assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+        let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let found: Vec<&Value> = report["ops"].as_array().unwrap().iter().map(|line| &line["op"]).collect();
+        assert_eq!(found, [op]);
+    }
+}
+
+#[test]
+fn an_operation_or_a_case_that_does_not_exist_lists_those_that_do() {
+    let refused = |args: &[&str]| {
+        let output = check(args);
+        assert_eq!((output.status.code(), output.stdout.len()), (Some(2), 0), "{args:?}");
+        text(&output.stderr).to_owned()
+    };
+    let error = refused(&["--op", "softmax"]);
+    assert!(error.contains("embed, attn_in, attention, attn_out, mlp_in, mlp_out, logits"), "{error}");
+    assert!(refused(&["--case", "GQA 3"]).contains("--op <NAME>"));
+    assert!(refused(&["--op", "embed", "--prompts", "a.jsonl"]).contains("cannot be used with"));
+    let error = refused(&["--device", "cpu", "--op", "attn_in", "--case", "GQA 5"]);
+    let start = "error: --case is 'GQA 5', expected a part of one of the 252 cases of attn_in\n\
+                 hint: a case is \"SHAPE, BATCH, PART\", of\n  SHAPE  \"odd sizes\", \"GQA 3\", ";
+    assert!(error.starts_with(start), "{error}");
+    assert!(error.contains("\n  PART   \"plain, new\", "), "{error}");
+    let error = refused(&["--device", "cpu", "--op", "mlp_in", "--case", "GQA 5"]);
+    assert!(error.contains("\nhint: a case is \"SHAPE, BATCH\", of\n") && !error.contains("PART"), "{error}");
 }
 
 #[test]

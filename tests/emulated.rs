@@ -107,6 +107,23 @@ fn a_wrong_kernel_fails_the_check_by_the_name_of_its_operation() {
 }
 
 #[test]
+fn one_operation_alone_takes_no_other_kernel() {
+    let arguments = ["check", "--device", "cuda:0", "--op", "mlp_out", "--case", "GQA 4, prompt of 45"];
+    let settings = [("EMU_TRACE", "1")];
+    let Some(output) = tokmeter(Build::Plain, &settings, &[&arguments[..], &["--format", "json"]].concat())
+    else {
+        return;
+    };
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&report["backend"], &report["only"]["cases"]), (&"cuda".into(), &1.into()), "{report:#}");
+    assert_eq!(report["ops"][0]["worst_case"], "GQA 4, prompt of 45");
+    let trace = stderr(&output);
+    let ran: Vec<&str> = trace.lines().filter_map(|line| line.strip_prefix("emulated GPU: ")).collect();
+    assert!(!ran.is_empty() && ran.iter().all(|kernel| kernel.starts_with("gemm_")), "{ran:?}");
+}
+
+#[test]
 fn operations_are_timed_with_weights_that_the_device_makes() {
     let name = "on_the_device_operation_times";
     let Some(output) = run_test(name, Build::Plain, &[("EMU_UPLOADS", "1")]) else { return };

@@ -12,8 +12,8 @@ use common::tiny;
 use tokmeter::arch::Config;
 use tokmeter::backend::{Backend, Batch, Cpu, CpuDType, Reference, Sampling, Shape, TokenInput};
 use tokmeter::engine::{pages_needed, score};
-use tokmeter::model::check::check_forward;
-use tokmeter::model::{Model, Workspace};
+use tokmeter::model::check::{Expected, Subject, check_forward};
+use tokmeter::model::{Model, Workspace, shape_of};
 use tokmeter::weights::{HostTensor, StoredDType, Weights, WeightsInfo};
 
 /// Absolute, for logits (which reach ±9) and for log-probabilities. The reference rounds to f32 between operations:
@@ -138,10 +138,12 @@ fn quantised_weights_give_what_the_reference_gives_on_their_dequantised_values()
     for model in ["llama", "qwen2", "qwen3"] {
         for dtype in [GgmlDType::Q8_0, GgmlDType::Q4_1] {
             let weights = Quantised { whole: tiny::weights(model), dtype };
-            let kept = |shape| Ok(Cpu::new(shape, CpuDType::Quantized));
-            for check in check_forward(|shape| Ok(Reference::new(shape)), kept, &weights).unwrap() {
+            let shape = || shape_of(weights.config());
+            let expected = Expected::new(Reference::new(shape()), &weights).unwrap();
+            let mut kept = Subject::load(Cpu::new(shape(), CpuDType::Quantized), &weights).unwrap();
+            for check in check_forward(&expected, &mut kept).unwrap() {
                 println!("{model} {dtype:?} {check:?}");
-                assert!(check.passed, "{model} {dtype:?} {check:?}");
+                assert!(check.passed(), "{model} {dtype:?} {check:?}");
             }
         }
     }

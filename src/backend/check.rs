@@ -4,34 +4,212 @@
 //! A value passes when it is within `ε · (rms + |reference|)`, where ε belongs to the candidate's arithmetic and rms is
 //! that of the value's row in the reference: sums of many terms cancel, so an error relative to the value alone means
 //! little.
+//!
+//! A case has the same data whether it runs alone or among all: its numbers are made from its name.
 
 use std::borrow::Cow;
 
 use candle_core::quantized::QTensor;
 use candle_core::{Device, Tensor};
+use serde::Serialize;
 
 use super::{
     AttnIn, Backend, Batch, BufferUse, Head, MlpIn, PAGE_SIZE, Sampling, Shape, TokenInput, WeightUse,
     sampling,
 };
-use crate::arch::TensorRole;
+use crate::arch::{Op, TensorRole};
 use crate::weights::{HostTensor, StoredDType};
 
-/// One operation at one shape and batch.
+/// So many times the tolerance may be rounding. The largest of many errors moves by less than a factor of two when sums
+/// are taken in another order; a value that is simply wrong is off by about its own size, which is 20 times the widest
+/// tolerance (of a forward pass in bf16) and more of every other.
+pub const MOST_BY_ROUNDING: f64 = 4.0;
+
+/// How a comparison is to be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Verdict {
+    Ok,
+    /// Beyond the tolerance, and no further than more rounding than usual may go.
+    OverTolerance,
+    /// Further than any rounding, not finite, or other bits where they must be the same.
+    Wrong,
+}
+
+/// How far the values of one comparison are from the right ones.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Deviation {
+    /// Largest absolute difference; NaN where a value is none.
+    pub max_error: f64,
+    /// The value that used the largest share of its tolerance.
+    pub index: usize,
+    /// Its difference, and what that was allowed to be.
+    pub worst_error: f64,
+    pub tolerance: f64,
+    /// Their ratio; above 1 (or not finite) fails.
+    pub tolerance_used: f64,
+}
+
+impl Deviation {
+    pub const NONE: Deviation =
+        Deviation { max_error: 0.0, index: 0, worst_error: 0.0, tolerance: 0.0, tolerance_used: 0.0 };
+
+    /// Of values in rows of `columns`, each within `epsilon · (rms of its row + |value|)`.
+    pub fn measure(right: &[f32], found: &[f32], columns: usize, epsilon: f64) -> Self {
+        let mut worst = Self::NONE;
+        for (row, (right, found)) in right.chunks(columns).zip(found.chunks(columns)).enumerate() {
+            let rms = rms(right);
+            for (column, (&right, &found)) in right.iter().zip(found).enumerate() {
+                let error = (f64::from(right) - f64::from(found)).abs();
+                let tolerance = epsilon * (rms + f64::from(right).abs());
+                worst = worst.or(Self::of(row * columns + column, error, tolerance));
+            }
+        }
+        worst
+    }
+
+    /// Of one value.
+    pub fn of(index: usize, error: f64, tolerance: f64) -> Self {
+        let tolerance_used = if error == 0.0 { 0.0 } else { error / tolerance };
+        Deviation { max_error: error, index, worst_error: error, tolerance, tolerance_used }
+    }
+
+    /// Of what must be the same and is not.
+    pub fn difference(right: &[f32], found: &[f32]) -> Self {
+        Deviation { tolerance_used: f64::INFINITY, ..Self::measure(right, found, right.len().max(1), 0.0) }
+    }
+
+    /// The larger of both, where no number is larger than NaN.
+    pub fn or(self, other: Self) -> Self {
+        let is_larger = |a: f64, b: f64| a > b || (a.is_nan() && !b.is_nan());
+        let max_error =
+            if is_larger(other.max_error, self.max_error) { other.max_error } else { self.max_error };
+        let worst = if is_larger(other.tolerance_used, self.tolerance_used) { other } else { self };
+        Deviation { max_error, ..worst }
+    }
+
+    pub fn verdict(&self) -> Verdict {
+        match self.tolerance_used {
+            used if used <= 1.0 => Verdict::Ok,
+            used if used <= MOST_BY_ROUNDING => Verdict::OverTolerance,
+            _ => Verdict::Wrong,
+        }
+    }
+}
+
+/// One case and what was found.
 #[derive(Clone, Debug, PartialEq)]
 pub struct OpCheck {
     pub op: &'static str,
-    /// Shape and batch in words.
+    /// Shape, batch and part in words.
     pub case: String,
-    /// Largest absolute difference.
-    pub max_error: f64,
-    /// Largest share of the tolerance that a value used; above 1 (or not finite) fails.
-    pub tolerance_used: f64,
-    pub passed: bool,
+    pub deviation: Deviation,
 }
 
-/// Checks every operation at every shape that the candidate `supports`. Matrices are stored as `stored` wherever their
-/// rows are whole blocks of it, and both backends are given the same bytes.
+impl OpCheck {
+    pub fn passed(&self) -> bool {
+        self.deviation.verdict() == Verdict::Ok
+    }
+}
+
+/// One comparison of an operation's results: at which shape, for which batch, and which part of them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Case {
+    /// Its place among [`shapes`] and [`batches`].
+    place: [usize; 2],
+    pub shape: &'static str,
+    pub batch: &'static str,
+    part: Part,
+}
+
+impl Case {
+    pub fn op(&self) -> Op {
+        self.part.op()
+    }
+
+    /// What of the operation, where it has several parts; else empty.
+    pub fn part(&self) -> &'static str {
+        self.part.name()
+    }
+
+    /// No text is found in another one of the same operation.
+    pub fn text(&self) -> String {
+        let words = [self.shape, self.batch, self.part()];
+        words.into_iter().filter(|word| !word.is_empty()).collect::<Vec<_>>().join(", ")
+    }
+}
+
+/// What is compared at one shape and batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Part {
+    /// Rows of the table by ids from the host, and by those that the device has just sampled.
+    Ids,
+    SampledIds,
+    /// `q` of the tokens that the batch finds in the cache, and of its own.
+    Cached(Variant),
+    New(Variant),
+    Attended(Variant),
+    AttnOut,
+    MlpIn,
+    MlpOut,
+    Logits,
+    Samples,
+}
+
+impl Part {
+    fn op(self) -> Op {
+        match self {
+            Part::Ids | Part::SampledIds => Op::Embed,
+            Part::Cached(_) | Part::New(_) => Op::AttnIn,
+            Part::Attended(_) => Op::Attention,
+            Part::AttnOut => Op::AttnOut,
+            Part::MlpIn => Op::MlpIn,
+            Part::MlpOut => Op::MlpOut,
+            Part::Logits | Part::Samples => Op::Logits,
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Part::Ids => "ids",
+            Part::SampledIds => "sampled ids",
+            Part::Cached(Variant::Plain) => "plain, cached",
+            Part::Cached(Variant::Bias) => "bias, cached",
+            Part::Cached(Variant::QkNorm) => "QK-norm, cached",
+            Part::New(Variant::Plain) => "plain, new",
+            Part::New(Variant::Bias) => "bias, new",
+            Part::New(Variant::QkNorm) => "QK-norm, new",
+            Part::Attended(Variant::Plain) => "plain",
+            Part::Attended(Variant::Bias) => "bias",
+            Part::Attended(Variant::QkNorm) => "QK-norm",
+            Part::AttnOut | Part::MlpIn | Part::MlpOut => "",
+            Part::Logits => "values",
+            Part::Samples => "samples",
+        }
+    }
+
+    /// All parts in the order in which they are computed.
+    fn all() -> impl Iterator<Item = Part> {
+        let attention = |variant| [Part::Cached(variant), Part::New(variant), Part::Attended(variant)];
+        let last = [Part::AttnOut, Part::MlpIn, Part::MlpOut, Part::Logits, Part::Samples, Part::SampledIds];
+        [Part::Ids].into_iter().chain(Variant::ALL.into_iter().flat_map(attention)).chain(last)
+    }
+}
+
+/// Every case of every operation at the shapes that the candidate `supports`.
+pub fn cases(supports: impl Fn(&Shape) -> bool) -> Vec<Case> {
+    let mut cases = Vec::new();
+    for (s, (shape, _)) in shapes().into_iter().enumerate().filter(|(_, (_, shape))| supports(shape)) {
+        for (b, (batch, sequences)) in batches().into_iter().enumerate() {
+            let has_cached = sequences.iter().any(|&(cached, _)| cached > 0);
+            let parts = Part::all().filter(|part| has_cached || !matches!(part, Part::Cached(_)));
+            cases.extend(parts.map(|part| Case { place: [s, b], shape, batch, part }));
+        }
+    }
+    cases
+}
+
+/// Checks every operation at every shape that the candidate `supports`; see [`check_cases`].
 ///
 /// # Errors
 /// When a backend cannot be made or an operation fails.
@@ -41,40 +219,44 @@ pub fn check_ops<A: Backend, B: Backend>(
     stored: StoredDType,
     supports: impl Fn(&Shape) -> bool,
 ) -> anyhow::Result<Vec<OpCheck>> {
+    check_cases(reference, candidate, stored, &cases(supports))
+}
+
+/// Checks these cases, some of [`cases`] in their order, and computes nothing that they do not need. Matrices are stored
+/// as `stored` wherever their rows are whole blocks of it, and both backends are given the same bytes.
+///
+/// # Errors
+/// When a backend cannot be made or an operation fails.
+pub fn check_cases<A: Backend, B: Backend>(
+    reference: impl Fn(Shape) -> anyhow::Result<A>,
+    candidate: impl Fn(Shape) -> anyhow::Result<B>,
+    stored: StoredDType,
+    cases: &[Case],
+) -> anyhow::Result<Vec<OpCheck>> {
     let mut checks = Vec::new();
-    let shapes = shapes().into_iter().enumerate().filter(|(_, (_, shape))| supports(shape));
-    for (seed, (shape_name, shape)) in shapes {
-        for (batch_name, sequences) in batches() {
-            let mut rig = Rig {
-                a: reference(shape.clone())?,
-                b: candidate(shape.clone())?,
-                shape: shape.clone(),
-                stored,
-                case: format!("{shape_name}, {batch_name}"),
-                random: Random(seed as u64 + 1),
-                checks: &mut checks,
-            };
-            let setup = Setup::new(&sequences, &mut rig.random);
-            rig.embed(&setup)?;
-            let mut kv = rig.poisoned_cache(&setup)?;
-            for variant in [Variant::Plain, Variant::Bias, Variant::QkNorm] {
-                rig.attn_in_and_attention(&setup, variant, &mut kv)?;
-            }
-            rig.attn_out(&setup)?;
-            rig.mlp_in(&setup)?;
-            rig.mlp_out(&setup)?;
-            rig.logits(&setup)?;
-        }
+    for cases in cases.chunk_by(|a, b| a.place == b.place) {
+        let [shape, batch] = cases[0].place;
+        let shape = shapes().swap_remove(shape).1;
+        let mut rig = Rig {
+            a: reference(shape.clone())?,
+            b: candidate(shape.clone())?,
+            shape,
+            stored,
+            cases,
+            random: Random(0),
+            checks: &mut checks,
+        };
+        rig.run(&batches()[batch].1)?;
     }
     Ok(checks)
 }
 
 /// What the candidate's arithmetic may lose in one operation.
-fn epsilon(compute_dtype: &str, op: &str) -> f64 {
+fn epsilon(compute_dtype: &str, op: Op) -> f64 {
     let narrow = match op {
         // Keys and values that `attn_in` has rounded, and weights: errors of scores are exponentiated, and where the
         // values cancel they stay.
-        "attention" => 2.0,
+        Op::Attention => 2.0,
         _ => 1.0,
     };
     match compute_dtype {
@@ -134,6 +316,12 @@ fn batches() -> Vec<(&'static str, Vec<(usize, usize)>)> {
 struct Random(u64);
 
 impl Random {
+    /// FNV-1a of a text: other texts give other values.
+    fn named(text: &str) -> Self {
+        let hash = |hash: u64, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01B3);
+        Random(text.bytes().fold(0xCBF2_9CE4_8422_2325, hash))
+    }
+
     fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 33) ^ (self.0 >> 11 & 0xFFFF)
@@ -181,11 +369,15 @@ impl Setup {
     }
 }
 
-#[derive(Clone, Copy, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Variant {
     Plain,
     Bias,
     QkNorm,
+}
+
+impl Variant {
+    const ALL: [Variant; 3] = [Variant::Plain, Variant::Bias, Variant::QkNorm];
 }
 
 /// Weights of [`Backend::attn_in`] on backend `B`.
@@ -201,19 +393,54 @@ type Weights<A, B> = Both<<A as Backend>::Weight, <B as Backend>::Weight>;
 type Bufs<A, B> = Both<<A as Backend>::Buf, <B as Backend>::Buf>;
 type Caches<A, B> = Both<<A as Backend>::Kv, <B as Backend>::Kv>;
 
-/// Both backends at one shape, and what was found so far.
+/// Both backends at one shape for one batch, and what was found so far.
 struct Rig<'a, A: Backend, B: Backend> {
     a: A,
     b: B,
     shape: Shape,
     stored: StoredDType,
-    case: String,
+    /// Those of this shape and batch that are wanted.
+    cases: &'a [Case],
     random: Random,
     checks: &'a mut Vec<OpCheck>,
 }
 
 impl<A: Backend, B: Backend> Rig<'_, A, B> {
+    fn run(&mut self, sequences: &[(usize, usize)]) -> anyhow::Result<()> {
+        self.reseed("batch");
+        let setup = Setup::new(sequences, &mut self.random);
+        if self.wants(&[Part::Ids]) {
+            self.embed(&setup)?;
+        }
+        self.attn_in_and_attention(&setup)?;
+        if self.wants(&[Part::AttnOut]) {
+            self.attn_out(&setup)?;
+        }
+        if self.wants(&[Part::MlpIn]) {
+            self.mlp_in(&setup)?;
+        }
+        if self.wants(&[Part::MlpOut]) {
+            self.mlp_out(&setup)?;
+        }
+        if self.wants(&[Part::Logits, Part::Samples, Part::SampledIds]) {
+            self.logits(&setup)?;
+        }
+        Ok(())
+    }
+
+    /// Whether one of these parts is.
+    fn wants(&self, parts: &[Part]) -> bool {
+        self.cases.iter().any(|case| parts.contains(&case.part))
+    }
+
+    /// The numbers from here on do not depend on what was computed before.
+    fn reseed(&mut self, what: &str) {
+        let Case { shape, batch, .. } = self.cases[0];
+        self.random = Random::named(&format!("{shape}, {batch}: {what}"));
+    }
+
     fn embed(&mut self, setup: &Setup) -> anyhow::Result<()> {
+        self.reseed("embed");
         let Shape { hidden_size, vocab_size, .. } = self.shape;
         let table = self.matrices(WeightUse::Embedding, &[vocab_size], hidden_size)?;
         let mut batch = setup.batch.clone();
@@ -226,14 +453,39 @@ impl<A: Backend, B: Backend> Rig<'_, A, B> {
         let mut x = self.buffer(BufferUse::Residual, batch.num_tokens(), hidden_size, &[])?;
         self.a.embed(&batch, &table.a, &mut x.a)?;
         self.b.embed(&batch, &table.b, &mut x.b)?;
-        self.compare("embed", "", &x, batch.num_tokens(), hidden_size)
+        self.compare(Part::Ids, &x, batch.num_tokens(), hidden_size)
     }
 
-    /// Keys and values whose every slot in the layer that is looked at holds NaN.
+    /// `attn_in` is seen in `q`, and in the keys and values through attention: over a context of one token attention
+    /// gives back its value.
+    fn attn_in_and_attention(&mut self, setup: &Setup) -> anyhow::Result<()> {
+        let mut kv = None;
+        for variant in Variant::ALL {
+            let wants_attention = self.wants(&[Part::Attended(variant)]);
+            if !wants_attention && !self.wants(&[Part::Cached(variant), Part::New(variant)]) {
+                continue;
+            }
+            let kv = match &mut kv {
+                Some(kv) => kv,
+                none => none.insert(self.poisoned_cache(setup)?),
+            };
+            self.attn_in(setup, variant, kv)?;
+            if wants_attention {
+                self.attention(setup, variant, kv)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Keys and values whose every slot in the layer that is looked at holds NaN, where attention will look at it.
     fn poisoned_cache(&mut self, setup: &Setup) -> anyhow::Result<Caches<A, B>> {
+        let mut kv = Both { a: self.a.kv_cache(setup.pages)?, b: self.b.kv_cache(setup.pages)? };
+        if !self.wants(&Variant::ALL.map(Part::Attended)) {
+            return Ok(kv);
+        }
+        self.reseed("poison");
         let (tokens, hidden) = (setup.poison.num_tokens(), self.shape.hidden_size);
         let weights = self.attn_in_weights(Variant::Plain)?;
-        let mut kv = Both { a: self.a.kv_cache(setup.pages)?, b: self.b.kv_cache(setup.pages)? };
         let x = self.buffer(BufferUse::Residual, tokens, hidden, &vec![f32::NAN; tokens * hidden])?;
         let mut q = self.buffer(BufferUse::Activation, tokens, self.shape.q_size(), &[])?;
         let layer = self.shape.num_layers - 1;
@@ -242,40 +494,38 @@ impl<A: Backend, B: Backend> Rig<'_, A, B> {
         Ok(kv)
     }
 
-    /// `attn_in` is seen in `q`, and in the keys and values through attention: over a context of one token attention
-    /// gives back its value.
-    fn attn_in_and_attention(
-        &mut self,
-        setup: &Setup,
-        variant: Variant,
-        kv: &mut Caches<A, B>,
-    ) -> anyhow::Result<()> {
+    /// The tokens that the batch finds in the cache, then its own.
+    fn attn_in(&mut self, setup: &Setup, variant: Variant, kv: &mut Caches<A, B>) -> anyhow::Result<()> {
         let (hidden, q_size) = (self.shape.hidden_size, self.shape.q_size());
+        self.reseed(Part::Attended(variant).name());
         let weights = self.attn_in_weights(variant)?;
-        let note = match variant {
-            Variant::Plain => "",
-            Variant::Bias => ", bias",
-            Variant::QkNorm => ", QK-norm",
-        };
         let layer = self.shape.num_layers - 1;
-        for batch in [&setup.history, &setup.batch] {
+        for (part, batch) in [(Part::Cached(variant), &setup.history), (Part::New(variant), &setup.batch)] {
             let tokens = batch.num_tokens();
+            if tokens == 0 || !self.wants(&[part, Part::Attended(variant)]) {
+                continue;
+            }
+            self.reseed(part.name());
             let values = self.random.values(tokens * hidden, 2.0);
             let x = self.buffer(BufferUse::Residual, tokens, hidden, &values)?;
             let mut q = self.buffer(BufferUse::Activation, tokens, q_size, &[])?;
             self.a.attn_in(batch, layer, &weights.a, &x.a, &mut kv.a, &mut q.a)?;
             self.b.attn_in(batch, layer, &weights.b, &x.b, &mut kv.b, &mut q.b)?;
-            if tokens > 0 {
-                self.compare("attn_in", note, &q, tokens, q_size)?;
-            }
+            self.compare(part, &q, tokens, q_size)?;
         }
-        let tokens = setup.batch.num_tokens();
+        Ok(())
+    }
+
+    fn attention(&mut self, setup: &Setup, variant: Variant, kv: &Caches<A, B>) -> anyhow::Result<()> {
+        let (tokens, q_size) = (setup.batch.num_tokens(), self.shape.q_size());
+        self.reseed("attention");
         let values = self.random.values(tokens * q_size, 2.0);
         let q = self.buffer(BufferUse::Activation, tokens, q_size, &values)?;
         let mut out = self.buffer(BufferUse::Activation, tokens, q_size, &[])?;
+        let layer = self.shape.num_layers - 1;
         self.a.attention(&setup.batch, layer, &q.a, &kv.a, &mut out.a)?;
         self.b.attention(&setup.batch, layer, &q.b, &kv.b, &mut out.b)?;
-        self.compare("attention", note, &out, tokens, q_size)
+        self.compare(Part::Attended(variant), &out, tokens, q_size)
     }
 
     fn attn_in_weights(&mut self, variant: Variant) -> anyhow::Result<Both<AttnInOf<A>, AttnInOf<B>>> {
@@ -298,15 +548,17 @@ impl<A: Backend, B: Backend> Rig<'_, A, B> {
     }
 
     fn attn_out(&mut self, setup: &Setup) -> anyhow::Result<()> {
+        self.reseed("attn_out");
         let (tokens, hidden, q_size) =
             (setup.batch.num_tokens(), self.shape.hidden_size, self.shape.q_size());
         let (o_proj, attended, mut x) = self.residual_operands(tokens, q_size)?;
         self.a.attn_out(&setup.batch, &o_proj.a, &attended.a, &mut x.a)?;
         self.b.attn_out(&setup.batch, &o_proj.b, &attended.b, &mut x.b)?;
-        self.compare("attn_out", "", &x, tokens, hidden)
+        self.compare(Part::AttnOut, &x, tokens, hidden)
     }
 
     fn mlp_in(&mut self, setup: &Setup) -> anyhow::Result<()> {
+        self.reseed("mlp_in");
         let Shape { hidden_size, intermediate_size, .. } = self.shape;
         let tokens = setup.batch.num_tokens();
         let norm = self.vector(hidden_size)?;
@@ -316,20 +568,22 @@ impl<A: Backend, B: Backend> Rig<'_, A, B> {
         let mut out = self.buffer(BufferUse::Activation, tokens, intermediate_size, &[])?;
         self.a.mlp_in(&setup.batch, &MlpIn { norm: norm.a, gate_up: gate_up.a }, &x.a, &mut out.a)?;
         self.b.mlp_in(&setup.batch, &MlpIn { norm: norm.b, gate_up: gate_up.b }, &x.b, &mut out.b)?;
-        self.compare("mlp_in", "", &out, tokens, intermediate_size)
+        self.compare(Part::MlpIn, &out, tokens, intermediate_size)
     }
 
     fn mlp_out(&mut self, setup: &Setup) -> anyhow::Result<()> {
+        self.reseed("mlp_out");
         let (tokens, hidden) = (setup.batch.num_tokens(), self.shape.hidden_size);
         let (down_proj, activated, mut x) = self.residual_operands(tokens, self.shape.intermediate_size)?;
         self.a.mlp_out(&setup.batch, &down_proj.a, &activated.a, &mut x.a)?;
         self.b.mlp_out(&setup.batch, &down_proj.b, &activated.b, &mut x.b)?;
-        self.compare("mlp_out", "", &x, tokens, hidden)
+        self.compare(Part::MlpOut, &x, tokens, hidden)
     }
 
     /// Logits, then the tokens: they must be what the candidate's own logits give, bit for bit; then the lookup of
     /// these tokens by the next step.
     fn logits(&mut self, setup: &Setup) -> anyhow::Result<()> {
+        self.reseed("logits");
         let Shape { hidden_size, vocab_size, .. } = self.shape;
         let (batch, samples) = (&setup.batch, setup.batch.sample_rows.len());
         let norm = self.vector(hidden_size)?;
@@ -341,7 +595,7 @@ impl<A: Backend, B: Backend> Rig<'_, A, B> {
         self.a.logits(batch, &head, &x.a, &mut logits.a)?;
         let head = Head { norm: norm.b, lm_head: lm_head.b };
         self.b.logits(batch, &head, &x.b, &mut logits.b)?;
-        self.compare("logits", "", &logits, samples, vocab_size)?;
+        self.compare(Part::Logits, &logits, samples, vocab_size)?;
         let tokens = self.check_samples(batch, &logits)?;
         self.look_up_samples(&tokens, &head.lm_head)
     }
@@ -356,7 +610,7 @@ impl<A: Backend, B: Backend> Rig<'_, A, B> {
             let position = batch.positions[batch.sample_rows[s] as usize];
             right.push(sampling::choose(row, batch.sampling[s], position)?);
         }
-        self.record_equal("logits", ", samples", found == right);
+        self.record_equal(Part::Samples, found == right);
         Ok(found)
     }
 
@@ -373,7 +627,7 @@ impl<A: Backend, B: Backend> Rig<'_, A, B> {
         };
         let right = look_up(|_, id| TokenInput::Id(id))?;
         let found = look_up(|row, _| TokenInput::Sampled(row as u32))?;
-        self.record_equal("embed", ", sampled tokens", found == right);
+        self.record_equal(Part::SampledIds, found == right);
         Ok(())
     }
 
@@ -440,42 +694,25 @@ impl<A: Backend, B: Backend> Rig<'_, A, B> {
         Ok(bufs)
     }
 
-    fn compare(
-        &mut self,
-        op: &'static str,
-        note: &str,
-        bufs: &Bufs<A, B>,
-        rows: usize,
-        columns: usize,
-    ) -> anyhow::Result<()> {
+    fn compare(&mut self, part: Part, bufs: &Bufs<A, B>, rows: usize, columns: usize) -> anyhow::Result<()> {
+        if !self.wants(&[part]) {
+            return Ok(());
+        }
         let right = self.a.download(&bufs.a, rows, columns)?;
         let found = self.b.download(&bufs.b, rows, columns)?;
-        let epsilon = epsilon(self.b.info().compute_dtype, op);
-        let (mut max_error, mut used) = (0f64, 0f64);
-        for (right, found) in right.chunks(columns).zip(found.chunks(columns)) {
-            let rms = rms(right);
-            for (&right, &found) in right.iter().zip(found) {
-                let error = (f64::from(right) - f64::from(found)).abs();
-                let share = error / (epsilon * (rms + f64::from(right).abs()));
-                // `max` would drop a NaN.
-                max_error = if error > max_error || error.is_nan() { error } else { max_error };
-                used = if share > used || share.is_nan() { share } else { used };
-            }
-        }
-        self.record(op, note, max_error, used);
+        let epsilon = epsilon(self.b.info().compute_dtype, part.op());
+        self.record(part, Deviation::measure(&right, &found, columns, epsilon));
         Ok(())
     }
 
     /// A comparison with no tolerance.
-    fn record_equal(&mut self, op: &'static str, note: &str, equal: bool) {
-        let (max_error, used) = if equal { (0.0, 0.0) } else { (f64::NAN, f64::INFINITY) };
-        self.record(op, note, max_error, used);
+    fn record_equal(&mut self, part: Part, equal: bool) {
+        self.record(part, if equal { Deviation::NONE } else { Deviation::difference(&[], &[]) });
     }
 
-    fn record(&mut self, op: &'static str, note: &str, max_error: f64, tolerance_used: f64) {
-        let case = format!("{}{note}", self.case);
-        let passed = tolerance_used <= 1.0;
-        self.checks.push(OpCheck { op, case, max_error, tolerance_used, passed });
+    fn record(&mut self, part: Part, deviation: Deviation) {
+        let case = self.cases.iter().find(|case| case.part == part).map(Case::text);
+        self.checks.extend(case.map(|case| OpCheck { op: part.op().name(), case, deviation }));
     }
 }
 
@@ -501,4 +738,44 @@ fn host_tensor(dtype: StoredDType, shape: Vec<usize>, values: &[f32]) -> anyhow:
     };
     let role = if shape.len() == 1 { TensorRole::Norm } else { TensorRole::Linear };
     Ok(HostTensor { name: "check".to_owned(), role, dtype, shape, bytes: Cow::Owned(bytes) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_value_may_be_off_by_a_share_of_itself_and_of_its_row() {
+        let two_rows = [[1.0, -1.0], [30.0, 40.0]].concat();
+        let found = Deviation::measure(&two_rows, &[1.0, -1.5, 30.0, 40.0], 2, 0.5);
+        assert_eq!(found, Deviation::of(1, 0.5, 1.0));
+        assert_eq!((found.tolerance_used, found.verdict()), (0.5, Verdict::Ok));
+        assert_eq!(Deviation::measure(&two_rows, &two_rows, 2, 0.0), Deviation::NONE);
+    }
+
+    #[test]
+    fn the_largest_error_need_not_be_the_worst() {
+        let found = Deviation::of(3, 2.0, 10.0).or(Deviation::of(7, 1.0, 2.0)).or(Deviation::of(9, 0.1, 1.0));
+        assert_eq!((found.max_error, found.index, found.tolerance_used), (2.0, 7, 0.5));
+    }
+
+    #[test]
+    fn rounding_beyond_the_tolerance_reads_otherwise_than_a_wrong_value() {
+        let verdict = |error: f64, tolerance: f64| Deviation::of(0, error, tolerance).verdict();
+        assert_eq!(verdict(1.0, 1.0), Verdict::Ok);
+        assert_eq!(verdict(1.1, 1.0), Verdict::OverTolerance);
+        assert_eq!(verdict(MOST_BY_ROUNDING, 1.0), Verdict::OverTolerance);
+        assert_eq!(verdict(MOST_BY_ROUNDING * 1.01, 1.0), Verdict::Wrong);
+        assert_eq!((verdict(f64::NAN, 1.0), verdict(f64::INFINITY, 1.0)), (Verdict::Wrong, Verdict::Wrong));
+        assert_eq!(Deviation::difference(&[0.0], &[-0.0]).verdict(), Verdict::Wrong);
+    }
+
+    #[test]
+    fn a_value_that_is_no_number_stays_the_worst() {
+        for found in [[f32::NAN, 2.0, 900.0], [900.0, 2.0, f32::NAN]] {
+            let found = Deviation::measure(&[1.0, 2.0, 3.0], &found, 3, 1.0);
+            assert!(found.max_error.is_nan() && found.tolerance_used.is_nan(), "{found:?}");
+            assert_eq!(found.verdict(), Verdict::Wrong);
+        }
+    }
 }

@@ -1,8 +1,10 @@
 //! `tokmeter check`: does this device compute what it should? Every operation and the whole forward pass against the
-//! reference; or, with `--prompts`, what the model thinks of given texts, to be held against another engine.
+//! reference; with `--op`, one operation or some of its cases; with `--prompts`, what the model thinks of given texts,
+//! to be held against another engine.
 
 mod numerics;
 mod prompts;
+mod report;
 
 use std::path::PathBuf;
 
@@ -10,13 +12,18 @@ use clap::ValueEnum;
 
 use super::device::{self, DType, GemmChoice, JitChoice, Target, switches_help};
 use super::{FAILED, print, remark};
+use crate::arch::Op;
 
 /// Check what this device computes against the reference, or dump log-probabilities of given texts
 #[derive(Debug, clap::Args)]
 #[command(
     after_help = concat!("Without --prompts, every operation and a shallow slice of the model (its shapes, 2 layers, at \
     most 4096 tokens of vocabulary) are held against plain scalar arithmetic: made-up weights, or with --dtype \
-    quantized the checkpoint's own.\n\n\
+    quantized the checkpoint's own. A result is ok, OVER (beyond the tolerance by \
+    no more than rounding may be) or WRONG (a bug).\n\n\
+    --op checks one operation alone, at its own shapes; --case keeps the cases whose text contains TEXT, each with the \
+    same numbers as in the whole check. A case is \"SHAPE, BATCH, PART\", such as \"GQA 3, prompt of 45, bias\"; a TEXT \
+    that is in none lists them. The keys and values that attn_in writes are seen by attention.\n\n\
     With --prompts, each line of FILE is {\"id\": \"a\", \"text\": \"…\"} or {\"id\": \"a\", \"token_ids\": [1, 2]}. \
     Each line of the output is {\"id\", \"token_ids\", \"top\", \"greedy\": {\"token_ids\", \"text\"}}: top[i] ranks \
     the K likeliest tokens after token_ids[i] as [token id, natural log-probability]. Special tokens written in a \
@@ -26,6 +33,7 @@ use super::{FAILED, print, remark};
     tokmeter check\n  \
     tokmeter check -m qwen3-8b --format json\n  \
     tokmeter check -m model.gguf --dtype quantized\n  \
+    tokmeter check --op attention --case \"GQA 3, prompt of 45\"\n  \
     tokmeter check --prompts prompts.jsonl --top 8 --greedy 32 --out logprobs.jsonl\n\n\
     ", switches_help!(), "\n\n\
     Exit codes: 0 all within tolerance, 1 something failed, 2 usage, 3 a broken prompt or model file")
@@ -55,6 +63,12 @@ pub struct Args {
     /// How the results are printed
     #[arg(long, value_enum, default_value_t = Format::Table, conflicts_with = "prompts")]
     format: Format,
+    /// Check this operation alone, without the forward pass
+    #[arg(long, value_enum, value_name = "NAME", conflicts_with = "prompts")]
+    op: Option<OpName>,
+    /// Of the operation, only the cases whose text contains this
+    #[arg(long, value_name = "TEXT", requires = "op")]
+    case: Option<String>,
     /// Score these texts instead
     #[arg(long, value_name = "FILE.jsonl")]
     prompts: Option<PathBuf>,
@@ -78,6 +92,33 @@ enum Format {
     Json,
 }
 
+/// The operations as reports name them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[value(rename_all = "snake_case")]
+enum OpName {
+    Embed,
+    AttnIn,
+    Attention,
+    AttnOut,
+    MlpIn,
+    MlpOut,
+    Logits,
+}
+
+impl From<OpName> for Op {
+    fn from(name: OpName) -> Self {
+        match name {
+            OpName::Embed => Op::Embed,
+            OpName::AttnIn => Op::AttnIn,
+            OpName::Attention => Op::Attention,
+            OpName::AttnOut => Op::AttnOut,
+            OpName::MlpIn => Op::MlpIn,
+            OpName::MlpOut => Op::MlpOut,
+            OpName::Logits => Op::Logits,
+        }
+    }
+}
+
 /// # Errors
 /// When nothing could be checked. A check that fails is a result, and only changes the exit code.
 pub fn run(args: Args) -> anyhow::Result<u8> {
@@ -97,4 +138,22 @@ pub fn run(args: Args) -> anyhow::Result<u8> {
         Format::Json => report.json()?,
     })?;
     Ok(if report.passed { 0 } else { FAILED })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_operation_can_be_named_as_reports_name_it() {
+        let names: Vec<String> = OpName::value_variants()
+            .iter()
+            .map(|name| {
+                let given = name.to_possible_value().unwrap().get_name().to_owned();
+                assert_eq!(given, Op::from(*name).name());
+                given
+            })
+            .collect();
+        assert_eq!(names, Op::ALL.map(Op::name));
+    }
 }

@@ -1,13 +1,15 @@
-//! Every operation, and the forward pass of a slice of the model, against the reference.
+//! Every operation, and the forward pass of a slice of the model, against the reference; or the cases of one operation.
+//! Decides what is computed on which backend. What of it is shown, and how, is `report`'s.
 
+use std::cell::OnceCell;
 use std::collections::BTreeSet;
 
-use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
-use serde::Serialize;
+use anyhow::Context as _;
 
 use super::Args;
-use crate::arch::tensors;
-use crate::backend::check::{OpCheck, check_ops};
+use super::report::{Forward, Only, Op, Report, grouped};
+use crate::arch::{Op as OpKind, tensors};
+use crate::backend::check::{Case, cases, check_cases};
 use crate::backend::{
     Backend, BackendInfo, Cpu, CpuDType, Cuda, CudaDType, CudaOptions, Gemm, Reference, Shape, cuda,
 };
@@ -16,7 +18,8 @@ use crate::cmd::model::{config_of, locate, name_of};
 use crate::cmd::progress::FetchBar;
 use crate::cmd::{bad_file, usage};
 use crate::model::check::{
-    ForwardCheck, check_forward, check_invariance, check_log_probabilities, check_same_bits,
+    Expected, ForwardCheck, Subject, check_forward, check_invariance, check_log_probabilities,
+    check_same_bits,
 };
 use crate::model::shape_of;
 use crate::record::{CublasLt, Maybe};
@@ -26,131 +29,149 @@ use crate::weights::synthetic::Synthetic;
 use crate::weights::{StoredDType, Weights, open};
 
 /// The slice of the model that the reference computes.
-const LAYERS: usize = 2;
-const VOCAB_SIZE: usize = 4096;
+pub(super) const LAYERS: usize = 2;
+pub(super) const VOCAB_SIZE: usize = 4096;
 /// Seed of its weights where they are made up.
 const SEED: u64 = 0;
-
-/// All that was found.
-#[derive(Debug, Serialize)]
-pub(super) struct Report {
-    device: String,
-    backend: &'static str,
-    compute_dtype: &'static str,
-    threads: usize,
-    /// What computed products of more than 64 rows: a library, or the backend's own code where there is none.
-    large_products: Option<String>,
-    /// Whose shapes the forward pass has.
-    model: String,
-    /// `synthetic`, or the format of the file.
-    weights: &'static str,
-    ops: Vec<Op>,
-    forward: Vec<Forward>,
-    pub(super) passed: bool,
-}
-
-/// One operation over all cases.
-#[derive(Debug, Serialize)]
-struct Op {
-    op: &'static str,
-    /// How the matrices were stored.
-    stored: &'static str,
-    cases: usize,
-    max_error: Option<f64>,
-    /// Largest share of the tolerance used by any value; `null` where that is no number.
-    tolerance_used: Option<f64>,
-    passed: bool,
-    failed: Vec<Failure>,
-}
-
-#[derive(Debug, Serialize)]
-struct Failure {
-    case: String,
-    max_error: Option<f64>,
-    tolerance_used: Option<f64>,
-}
-
-/// One way of cutting the prompts into steps.
-#[derive(Debug, Serialize)]
-struct Forward {
-    case: &'static str,
-    steps: usize,
-    logits: usize,
-    max_error: Option<f64>,
-    tolerance_used: Option<f64>,
-    passed: bool,
-}
 
 /// # Errors
 /// When the model cannot be had or the device fails.
 pub(super) fn check(target: Target, args: &Args) -> anyhow::Result<Report> {
     match target {
-        Target::Cpu(dtype) => check_on(target, args, |shape| Ok(Cpu::new(shape, dtype)), |_| true),
+        Target::Cpu(dtype) => {
+            let cpu = |shape| Ok(Cpu::new(shape, dtype));
+            check_on(target, args, cpu, |_| true, |weights| forward_on_cpu(dtype, weights))
+        }
         Target::Cuda { index, options } => {
             let cuda = |shape| Cuda::new(index, shape, options);
-            let mut report = check_on(target, args, cuda, |shape| cuda::supports(shape).is_ok())?;
-            report.add(check_promises(index, options, args)?);
-            Ok(report)
+            let supports = |shape: &Shape| cuda::supports(shape).is_ok();
+            check_on(target, args, cuda, supports, |weights| forward_on_cuda(index, options, weights))
         }
     }
 }
 
-/// What the CUDA backend promises beyond tolerances: no more loss than a plain implementation in its type, the same
-/// bits from graphs as from single launches, and in deterministic mode whatever else is in the batch.
-fn check_promises(index: u32, options: CudaOptions, args: &Args) -> anyhow::Result<Vec<ForwardCheck>> {
-    let weights = synthetic(args)?;
-    let with = |options| move |shape| Cuda::new(index, shape, options);
-    let yardstick = |shape| Ok(Reference::rounding(shape, options.dtype.rounding()));
-    let mut checks = check_log_probabilities(reference, yardstick, with(options), &weights)?.to_vec();
-    if options.graphs {
-        let [graphs, eager] = [true, false].map(|graphs| with(CudaOptions { graphs, ..options }));
-        checks.push(check_same_bits(
-            "the same bits from graphs and from single launches",
-            eager,
-            graphs,
-            &weights,
-        )?);
-    }
-    // Only own kernels promise this, whatever computes large products otherwise.
-    let deterministic = CudaOptions { deterministic: true, gemm: Gemm::Own, ..options };
-    checks.push(check_invariance(with(deterministic), &weights)?);
-    Ok(checks)
-}
-
+/// The operations on what `candidate` makes, then, unless one operation was asked for, `forward`.
 fn check_on<B: Backend>(
     target: Target,
     args: &Args,
     candidate: impl Fn(Shape) -> anyhow::Result<B>,
     supports: impl Fn(&Shape) -> bool,
+    forward: impl Fn(&dyn Weights) -> anyhow::Result<Vec<ForwardCheck>>,
 ) -> anyhow::Result<Report> {
-    let model = model_of(args);
-    let weights: Box<dyn Weights> = match target {
-        Target::Cpu(CpuDType::Quantized) => quantised(model, args.model.is_some(), args.offline)?,
-        _ => Box::new(synthetic(args)?),
+    let (cases, only) = chosen(args, cases(supports))?;
+    let weights = match target {
+        Target::Cpu(CpuDType::Quantized) => Some(quantised(args)?),
+        _ if only.is_none() => Some(Box::new(synthetic(args)?) as Box<dyn Weights>),
+        _ => None,
     };
-    let slice = Slice::new(weights.as_ref(), LAYERS, VOCAB_SIZE);
-    let info = candidate(shape_of(slice.config()))?.info();
-    remark_products(&info);
-    let mut ops = Vec::new();
-    for stored in stored_dtypes(&slice, target)? {
-        ops.extend(grouped(&check_ops(reference, &candidate, stored, &supports)?, stored));
+    let info = OnceCell::new();
+    let candidate = |shape| {
+        let backend = candidate(shape)?;
+        if info.get().is_none() {
+            remark_products(info.get_or_init(|| backend.info()));
+        }
+        Ok(backend)
+    };
+    let mut ops: Vec<Op> = Vec::new();
+    for stored in stored_dtypes(weights.as_deref(), target)? {
+        ops.extend(grouped(&check_cases(reference, candidate, stored, &cases)?, stored));
     }
-    let forward = check_forward(reference, &candidate, &slice)?;
-    let forward: Vec<Forward> = forward.into_iter().map(Forward::from).collect();
+    let forward = match (&only, &weights) {
+        (None, Some(weights)) => forward(weights.as_ref())?.into_iter().map(Forward::from).collect(),
+        _ => Vec::new(),
+    };
+    let info = info.into_inner().context("no shape is supported by this backend")?;
     let BackendInfo { name: backend, compute_dtype, threads, .. } = info;
-    let passed = ops.iter().all(|op| op.passed) && forward.iter().all(|way| way.passed);
     Ok(Report {
         device: target.to_string(),
         backend,
         compute_dtype,
         threads,
         large_products: large_products(&info.cublaslt),
-        model: name_of(model),
-        weights: weights.info().format,
+        model: weights.is_some().then(|| name_of(model_of(args))),
+        weights: weights.map(|weights| weights.info().format),
+        only,
+        passed: ops.iter().all(Op::passed) && forward.iter().all(Forward::passed),
         ops,
         forward,
-        passed,
     })
+}
+
+/// All cases, or those that `--op` and `--case` keep.
+fn chosen(args: &Args, all: Vec<Case>) -> anyhow::Result<(Vec<Case>, Option<Only>)> {
+    let Some(op) = args.op.map(OpKind::from) else { return Ok((all, None)) };
+    let of_op: Vec<Case> = all.into_iter().filter(|case| case.op() == op).collect();
+    let text = args.case.as_deref().unwrap_or_default();
+    let kept: Vec<Case> = of_op.iter().filter(|case| case.text().contains(text)).cloned().collect();
+    if kept.is_empty() {
+        return Err(usage(no_such_case(op, text, &of_op)));
+    }
+    let only = Only::new(op, args.case.clone(), kept.len(), of_op.len());
+    Ok((kept, Some(only)))
+}
+
+/// Every case is a combination of these words.
+fn no_such_case(op: OpKind, text: &str, cases: &[Case]) -> String {
+    let list = |word: fn(&Case) -> &'static str| {
+        let mut words: Vec<String> = Vec::new();
+        for word in cases.iter().map(word).filter(|word| !word.is_empty()).map(|word| format!("\"{word}\"")) {
+            if !words.contains(&word) {
+                words.push(word);
+            }
+        }
+        words.join(", ")
+    };
+    let parts = list(Case::part);
+    let (third, parts) = match parts.as_str() {
+        "" => ("", String::new()),
+        _ => (", PART", format!("\n  PART   {parts}")),
+    };
+    format!(
+        "--case is '{text}', expected a part of one of the {} cases of {}\n\
+         hint: a case is \"SHAPE, BATCH{third}\", of\n  SHAPE  {}\n  BATCH  {}{parts}",
+        cases.len(),
+        op.name(),
+        list(|case| case.shape),
+        list(|case| case.batch),
+    )
+}
+
+fn forward_on_cpu(dtype: CpuDType, weights: &dyn Weights) -> anyhow::Result<Vec<ForwardCheck>> {
+    let slice = Slice::new(weights, LAYERS, VOCAB_SIZE);
+    let shape = shape_of(slice.config());
+    let expected = Expected::new(Reference::new(shape.clone()), &slice)?;
+    check_forward(&expected, &mut Subject::load(Cpu::new(shape, dtype), &slice)?)
+}
+
+/// The forward pass of weights that the host brings, then, with those that the device makes, what the CUDA backend
+/// promises beyond tolerances: no more loss than a plain implementation in its type, the same bits from graphs as from
+/// single launches, and in deterministic mode whatever else is in the batch.
+fn forward_on_cuda(
+    index: u32,
+    options: CudaOptions,
+    weights: &dyn Weights,
+) -> anyhow::Result<Vec<ForwardCheck>> {
+    let shape = || shape_of(weights.config());
+    let load = |options: CudaOptions, weights: &dyn Weights| {
+        Subject::load(Cuda::new(index, shape(), options)?, weights)
+    };
+    let expected = Expected::new(Reference::new(shape()), weights)?;
+    let plain = Expected::new(Reference::rounding(shape(), options.dtype.rounding()), weights)?;
+    // A slice hands out values, not how to make them.
+    let brought = Slice::new(weights, LAYERS, VOCAB_SIZE);
+    let mut checks = check_forward(&expected, &mut load(options, &brought)?)?;
+    let mut subject = load(options, weights)?;
+    checks.extend(check_log_probabilities(&expected, &plain, &mut subject)?);
+    if options.graphs {
+        let mut eager = load(CudaOptions { graphs: false, ..options }, weights)?;
+        let case = "the same bits from graphs and from single launches";
+        checks.push(check_same_bits(case, &mut eager, &mut subject)?);
+    }
+    drop(subject);
+    // Only own kernels promise this, whatever computes large products otherwise.
+    let deterministic = CudaOptions { deterministic: true, gemm: Gemm::Own, ..options };
+    checks.push(check_invariance(&mut load(deterministic, weights)?)?);
+    Ok(checks)
 }
 
 fn model_of(args: &Args) -> &str {
@@ -171,11 +192,11 @@ fn reference(shape: Shape) -> anyhow::Result<Reference> {
 
 /// The checkpoint whose own blocks are checked. The default one is taken from the cache only: a check of the device
 /// fetches nothing that nobody asked for.
-fn quantised(model: &str, is_explicit: bool, offline: bool) -> anyhow::Result<Box<dyn Weights>> {
-    let path = locate(model, offline || !is_explicit, Box::new(FetchBar::default()))?;
+fn quantised(args: &Args) -> anyhow::Result<Box<dyn Weights>> {
+    let is_offline = args.offline || args.model.is_none();
+    let path = locate(model_of(args), is_offline, Box::new(FetchBar::default()))?;
     let weights = open(&path).map_err(bad_file)?;
-    let slice = Slice::new(weights.as_ref(), LAYERS, VOCAB_SIZE);
-    if quantised_types(&slice)?.is_empty() {
+    if quantised_types(weights.as_ref())?.is_empty() {
         return Err(usage(format!(
             "{}: no tensor is quantised, expected a quantised GGUF file for --dtype quantized",
             path.display()
@@ -185,247 +206,27 @@ fn quantised(model: &str, is_explicit: bool, offline: bool) -> anyhow::Result<Bo
 }
 
 /// How matrices are stored for the operations: as the device keeps them.
-fn stored_dtypes(weights: &dyn Weights, target: Target) -> anyhow::Result<BTreeSet<StoredDType>> {
-    Ok(match target {
-        Target::Cpu(CpuDType::F32) => BTreeSet::from([StoredDType::F32]),
-        Target::Cpu(CpuDType::Quantized) => quantised_types(weights)?,
-        Target::Cuda { options: CudaOptions { dtype: CudaDType::Bf16, .. }, .. } => {
-            BTreeSet::from([StoredDType::BF16])
-        }
-        Target::Cuda { options: CudaOptions { dtype: CudaDType::F16, .. }, .. } => {
-            BTreeSet::from([StoredDType::F16])
-        }
-    })
+fn stored_dtypes(weights: Option<&dyn Weights>, target: Target) -> anyhow::Result<BTreeSet<StoredDType>> {
+    let one = |dtype| Ok(BTreeSet::from([dtype]));
+    match (target, weights) {
+        (Target::Cpu(CpuDType::Quantized), Some(weights)) => quantised_types(weights),
+        (Target::Cpu(_), _) => one(StoredDType::F32),
+        (Target::Cuda { options, .. }, _) => match options.dtype {
+            CudaDType::Bf16 => one(StoredDType::BF16),
+            CudaDType::F16 => one(StoredDType::F16),
+        },
+    }
 }
 
-/// The block types that the model's tensors are stored in.
+/// The block types that the tensors of the model's slice are stored in.
 fn quantised_types(weights: &dyn Weights) -> anyhow::Result<BTreeSet<StoredDType>> {
+    let slice = Slice::new(weights, LAYERS, VOCAB_SIZE);
     let mut found = BTreeSet::new();
-    for spec in tensors(weights.config()) {
-        let dtype = weights.tensor(&spec.name)?.dtype;
+    for spec in tensors(slice.config()) {
+        let dtype = slice.tensor(&spec.name)?.dtype;
         if dtype.is_quantized() {
             found.insert(dtype);
         }
     }
     Ok(found)
-}
-
-/// One line for each operation, in the order in which they were first checked.
-fn grouped(checks: &[OpCheck], stored: StoredDType) -> Vec<Op> {
-    let mut ops: Vec<Op> = Vec::new();
-    for check in checks {
-        let index = ops.iter().position(|op| op.op == check.op).unwrap_or_else(|| {
-            ops.push(Op::new(check.op, stored));
-            ops.len() - 1
-        });
-        ops[index].add(check);
-    }
-    ops
-}
-
-impl Op {
-    fn new(op: &'static str, stored: StoredDType) -> Self {
-        let (max_error, tolerance_used) = (Some(0.0), Some(0.0));
-        let stored = stored.name();
-        Op { op, stored, cases: 0, max_error, tolerance_used, passed: true, failed: Vec::new() }
-    }
-
-    fn add(&mut self, check: &OpCheck) {
-        self.cases += 1;
-        self.max_error = larger(self.max_error, number(check.max_error));
-        self.tolerance_used = larger(self.tolerance_used, number(check.tolerance_used));
-        self.passed &= check.passed;
-        if !check.passed {
-            self.failed.push(Failure {
-                case: check.case.clone(),
-                max_error: number(check.max_error),
-                tolerance_used: number(check.tolerance_used),
-            });
-        }
-    }
-}
-
-impl From<ForwardCheck> for Forward {
-    fn from(check: ForwardCheck) -> Self {
-        Forward {
-            case: check.case,
-            steps: check.steps,
-            logits: check.logits,
-            max_error: number(check.max_error),
-            tolerance_used: number(check.tolerance_used),
-            passed: check.passed,
-        }
-    }
-}
-
-/// JSON has no NaN and no infinity.
-fn number(value: f64) -> Option<f64> {
-    value.is_finite().then_some(value)
-}
-
-/// The larger one; none where one of them is no number.
-fn larger(a: Option<f64>, b: Option<f64>) -> Option<f64> {
-    Some(a?.max(b?))
-}
-
-impl Report {
-    fn add(&mut self, checks: Vec<ForwardCheck>) {
-        self.passed &= checks.iter().all(|check| check.passed);
-        self.forward.extend(checks.into_iter().map(Forward::from));
-    }
-
-    pub(super) fn json(&self) -> anyhow::Result<String> {
-        Ok(serde_json::to_string_pretty(self)? + "\n")
-    }
-
-    pub(super) fn table(&self) -> String {
-        let mut text = format!(
-            "{} · {} on {}, {} threads{}, against the reference\n\n{}\n",
-            self.backend,
-            self.compute_dtype,
-            self.device,
-            self.threads,
-            self.large_products.as_ref().map_or(String::new(), |library| format!(", {library}")),
-            self.ops_table()
-        );
-        for op in &self.ops {
-            for failure in &op.failed {
-                text.push_str(&format!(
-                    "FAILED  {} ({}): {}: error {}, {} of the tolerance\n",
-                    op.op,
-                    op.stored,
-                    failure.case,
-                    scientific(failure.max_error),
-                    percent(failure.tolerance_used)
-                ));
-            }
-        }
-        text.push_str(&format!(
-            "\nforward pass of {}: its shapes, at most {LAYERS} layers and {VOCAB_SIZE} tokens, {} weights\n\n{}\n",
-            self.model,
-            self.weights,
-            self.forward_table()
-        ));
-        text.push_str(if self.passed { "\nok\n" } else { "\nFAILED\n" });
-        text
-    }
-
-    fn ops_table(&self) -> String {
-        let mut table =
-            plain(["OPERATION", "STORED", "CASES", "WORST ERROR", "OF TOLERANCE", "RESULT"], &[2, 3, 4]);
-        for op in &self.ops {
-            table.add_row([
-                op.op.to_owned(),
-                op.stored.to_owned(),
-                op.cases.to_string(),
-                scientific(op.max_error),
-                percent(op.tolerance_used),
-                verdict(op.passed).to_owned(),
-            ]);
-        }
-        trimmed(&table)
-    }
-
-    fn forward_table(&self) -> String {
-        let mut table =
-            plain(["STEPS", "", "LOGITS", "WORST ERROR", "OF TOLERANCE", "RESULT"], &[0, 2, 3, 4]);
-        for way in &self.forward {
-            table.add_row([
-                way.steps.to_string(),
-                way.case.to_owned(),
-                way.logits.to_string(),
-                scientific(way.max_error),
-                percent(way.tolerance_used),
-                verdict(way.passed).to_owned(),
-            ]);
-        }
-        trimmed(&table)
-    }
-}
-
-fn plain<const N: usize>(titles: [&str; N], right_aligned: &[usize]) -> Table {
-    let mut table = Table::new();
-    table
-        .load_style(presets::NOTHING)
-        .set_content_arrangement(ContentArrangement::Disabled)
-        .set_header(titles);
-    for &column in right_aligned {
-        if let Some(column) = table.column_mut(column) {
-            column.set_cell_alignment(CellAlignment::Right);
-        }
-    }
-    table
-}
-
-fn trimmed(table: &Table) -> String {
-    table.lines().map(|line| line.trim_end().to_owned()).collect::<Vec<_>>().join("\n")
-}
-
-fn scientific(value: Option<f64>) -> String {
-    value
-        .map_or("none".to_owned(), |value| if value == 0.0 { "0".to_owned() } else { format!("{value:.1e}") })
-}
-
-fn percent(share: Option<f64>) -> String {
-    share.map_or("none".to_owned(), |share| format!("{:.1} %", share * 100.0))
-}
-
-fn verdict(passed: bool) -> &'static str {
-    if passed { "ok" } else { "FAILED" }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn op_check(op: &'static str, max_error: f64, tolerance_used: f64) -> OpCheck {
-        let passed = tolerance_used <= 1.0;
-        OpCheck { op, case: "GQA 3, prompt of 45".to_owned(), max_error, tolerance_used, passed }
-    }
-
-    fn report(checks: &[OpCheck]) -> Report {
-        let ops = grouped(checks, StoredDType::F32);
-        let passed = ops.iter().all(|op| op.passed);
-        Report {
-            device: "cpu".to_owned(),
-            backend: "cpu",
-            compute_dtype: "f32",
-            threads: 2,
-            large_products: None,
-            model: "tiny".to_owned(),
-            weights: "synthetic",
-            ops,
-            forward: Vec::new(),
-            passed,
-        }
-    }
-
-    #[test]
-    fn an_operation_shows_its_worst_case() {
-        let report = report(&[
-            op_check("embed", 0.0, 0.0),
-            op_check("mlp_in", 1e-6, 0.1),
-            op_check("mlp_in", 3e-6, 0.25),
-        ]);
-        let text = report.table();
-        let line = text.lines().find(|line| line.contains("mlp_in")).unwrap();
-        let words: Vec<&str> = line.split_whitespace().collect();
-        assert_eq!(words, ["mlp_in", "f32", "2", "3.0e-6", "25.0", "%", "ok"]);
-        assert!(report.passed && text.ends_with("\nok\n"));
-    }
-
-    #[test]
-    fn a_value_that_is_no_number_fails_and_stays_visible_among_good_ones() {
-        let bad = op_check("attention", f64::NAN, f64::NAN);
-        let report = report(&[op_check("attention", 1e-6, 0.1), bad, op_check("attention", 1e-6, 0.1)]);
-        let text = report.table();
-        assert!(
-            text.contains("FAILED  attention (f32): GQA 3, prompt of 45: error none, none of the tolerance")
-        );
-        assert!(text.ends_with("\nFAILED\n"), "{text}");
-        let json: serde_json::Value = serde_json::from_str(&report.json().unwrap()).unwrap();
-        assert_eq!(json["passed"], false);
-        assert!(json["ops"][0]["max_error"].is_null());
-        assert_eq!(json["ops"][0]["cases"], 3);
-    }
 }
