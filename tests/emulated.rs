@@ -695,7 +695,7 @@ fn a_device_that_captures_nothing_is_an_error_of_the_first_try() {
 }
 
 #[test]
-fn graphs_that_were_refused_are_gone_with_what_was_captured_before() {
+fn a_driver_that_begins_to_refuse_after_a_first_graph_changes_no_bit() {
     on_the_device("on_the_device_a_late_refusal", &[]);
 }
 
