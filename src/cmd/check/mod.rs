@@ -129,7 +129,8 @@ pub fn run(args: Args) -> anyhow::Result<u8> {
         prompts::score_file(file, target, &args)?;
         return Ok(0);
     }
-    if matches!(target, Target::Cuda { options, .. } if !options.graphs) {
+    let has_graphs = !matches!(target, Target::Cuda { options, .. } if !options.graphs);
+    if args.op.is_none() && !has_graphs {
         remark("graphs are switched off (TOKMETER_CUDA_GRAPHS=0) and not held against single launches");
     }
     let report = numerics::check(target, &args)?;
