@@ -119,7 +119,8 @@ fn one_operation_alone_takes_no_other_kernel() {
     assert_eq!((&report["backend"], &report["only"]["cases"]), (&"cuda".into(), &1.into()), "{report:#}");
     assert_eq!(report["ops"][0]["worst_case"], "GQA 4, prompt of 45");
     let trace = stderr(&output);
-    let ran: Vec<&str> = trace.lines().filter_map(|line| line.strip_prefix("emulated GPU: ")).collect();
+    let launches = trace.lines().filter(|line| line.contains(", carve-out"));
+    let ran: Vec<&str> = launches.filter_map(|line| line.strip_prefix("emulated GPU: ")).collect();
     assert!(!ran.is_empty() && ran.iter().all(|kernel| kernel.starts_with("gemm_")), "{ran:?}");
 }
 
@@ -633,6 +634,20 @@ fn a_check_of_many_backends_opens_the_device_and_loads_each_kernel_file_once() {
     // Those of the ceilings are not needed here.
     let needed = files.filter(|name| name.as_encoded_bytes().ends_with(b".cu") && name != "peaks.cu").count();
     assert_eq!((said(output, "module loaded"), said(output, "module unloaded")), (needed, 0));
+}
+
+/// A kernel that wants another split of shared memory and L1 than the one before it cannot overlap it.
+#[test]
+fn the_kernels_of_a_decode_step_want_all_the_shared_memory_that_there_is() {
+    let Some((output, _)) = short_run(&[("EMU_TRACE", "1")]) else { return };
+    let text = stderr(&output);
+    let decode = ["embed", "rms_norm", "gemm_stream", "rope_kv", "attention_decode", "sample_stage"];
+    for name in decode {
+        let runs = text.lines().filter(|line| line.contains(&format!("emulated GPU: {name}")));
+        let (all, right) =
+            (runs.clone().count(), runs.filter(|line| line.ends_with("carve-out 100")).count());
+        assert!(all > 0 && all == right, "{name}: {right} of {all} launches");
+    }
 }
 
 /// A short run with decode steps: what it said, and its record where it has one.

@@ -102,6 +102,7 @@ struct Function {
     int most_threads;
     Bind bind;
     int dynamic_shared = 48 << 10;
+    int carveout = -1;  // percent of a multiprocessor's memory that it prefers as shared memory; -1: the driver's choice
 };
 std::map<std::string, Function>& functions() {
     static std::map<std::string, Function> it = {
@@ -122,6 +123,7 @@ struct Event {
 struct Operation {
     std::function<void()> work;  // empty: a kernel
     emu::Launch launch;
+    int carveout = -1;  // of the kernel
 };
 struct Graph {
     std::vector<Operation> operations;
@@ -191,7 +193,8 @@ void drain(Stream& stream) {
         }
         std::vector<emu::Launch> launches;
         while (!stream.waiting.empty() && !stream.waiting.front().work) {
-            if (tracing()) fprintf(stderr, "emulated GPU: %s\n", stream.waiting.front().launch.name.c_str());
+            const Operation& next = stream.waiting.front();
+            if (tracing()) fprintf(stderr, "emulated GPU: %s, carve-out %d\n", next.launch.name.c_str(), next.carveout);
             launches.push_back(std::move(stream.waiting.front().launch));
             stream.waiting.pop_front();
             const bool is_embed = launches.back().name.rfind("embed", 0) == 0;
@@ -332,6 +335,7 @@ int launch(Function* function, emu::Dim grid, emu::Dim block, unsigned shared, v
     if (int(shared) > function->dynamic_shared) return INVALID_VALUE;
     Operation operation;
     operation.launch = {function->name, grid, block, shared, pdl && capability() >= 90, function->bind(arguments)};
+    operation.carveout = function->carveout;
     return queue(stream, std::move(operation));
 }
 }  // namespace
@@ -706,6 +710,8 @@ API cuFuncSetAttribute(void* function, int which, int value) {
     if (!is_live(function)) return INVALID_HANDLE;
     if (which == 8 && (value < 0 || value > shared_limit())) return INVALID_VALUE;
     if (which == 8) static_cast<Function*>(function)->dynamic_shared = std::max(value, 48 << 10);
+    if (which == 9 && (value < -1 || value > 100)) return INVALID_VALUE;
+    if (which == 9) static_cast<Function*>(function)->carveout = value;
     return SUCCESS;
 }
 API cuFuncSetCacheConfig(void*, int) { return SUCCESS; }
