@@ -681,11 +681,14 @@ fn the_first_launch_of_a_capture_overlaps_nothing() {
 #[test]
 fn a_capture_that_is_refused_is_repeated_once_without_overlap_and_recorded() {
     let Some((_, _, expected)) = short_record(&[]) else { return };
-    let (said, kernels, tokens) = short_record(&[("EMU_REFUSE_PDL", "capture")]).unwrap();
+    let settings = [("EMU_REFUSE_PDL", "capture"), ("EMU_TRACE", "loads")];
+    let (said, kernels, tokens) = short_record(&settings).unwrap();
     assert!(kernels.dependent_launch && kernels.graphs);
     assert_eq!(kernels.capture_retry, Maybe::Value("CUDA_ERROR_INVALID_HANDLE".to_owned()));
     assert_eq!(tokens, expected);
-    let refusals: Vec<&str> = said.lines().filter(|line| line.contains("refused")).collect();
+    let lines_with = |what: &str| said.lines().filter(|line| line.contains(what)).collect::<Vec<&str>>();
+    assert_eq!(lines_with("emulated GPU: overlapping launch refused").len(), 1, "no later capture tries again");
+    let refusals = lines_with("the driver refused");
     assert_eq!(refusals.len(), 1, "{said}");
     assert!(
         refusals[0]

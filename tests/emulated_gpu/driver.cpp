@@ -12,7 +12,7 @@
 //   EMU_ORDER forward | reverse | seed · EMU_NO_DEVICE=1 · EMU_MEMORY_BYTES (512 MiB) · EMU_OTHER_BYTES: held by someone
 //   else · EMU_COMPUTE_CAPABILITY (90) · EMU_MULTIPROCESSORS (4) · EMU_DRIVER_VERSION (13000; 12020 with EMU_OLD_DRIVER) ·
 //   EMU_LOSE_AFTER=n: the device fails at the n-th embed · EMU_L2_BYTES (16384: probes of the memory stay small) ·
-//   EMU_TRACE=1: each operation as it runs, to stderr; EMU_TRACE=loads: contexts and modules as they come and go ·
+//   EMU_TRACE=1: each operation as it runs, to stderr; EMU_TRACE=loads: only contexts, modules, refusals ·
 //   EMU_NAME: of the device (one without `emulated` is given compiled kernels, whose code is ignored) ·
 //   EMU_MODULE_ERROR=code: the answer to every image · EMU_REFUSE_PDL: of the launches that may overlap, refuses the
 //   =first of a capture, those of a =capture, or =all · EMU_REFUSE_CAPTURE=1: none begins ·
@@ -748,6 +748,7 @@ bool refuses_pdl(Stream& stream) {
     if (!stream.capture) return false;
     const bool is_first = stream.capture->graph.operations.empty();
     const bool refuses = is_set_to("EMU_REFUSE_PDL", "capture") || (is_first && is_set_to("EMU_REFUSE_PDL", "first"));
+    if (refuses) trace_load("overlapping launch refused");
     stream.capture->broken |= refuses;
     return refuses;
 }
