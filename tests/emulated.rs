@@ -687,7 +687,11 @@ fn a_capture_that_is_refused_is_repeated_once_without_overlap_and_recorded() {
     assert_eq!(kernels.capture_retry, Maybe::Value("CUDA_ERROR_INVALID_HANDLE".to_owned()));
     assert_eq!(tokens, expected);
     let lines_with = |what: &str| said.lines().filter(|line| line.contains(what)).collect::<Vec<&str>>();
-    assert_eq!(lines_with("emulated GPU: overlapping launch refused").len(), 1, "no later capture tries again");
+    assert_eq!(
+        lines_with("emulated GPU: overlapping launch refused").len(),
+        1,
+        "no later capture tries again"
+    );
     let refusals = lines_with("the driver refused");
     assert_eq!(refusals.len(), 1, "{said}");
     assert!(
