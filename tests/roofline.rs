@@ -15,7 +15,7 @@ use std::sync::LazyLock;
 use ceiling::ceiling;
 use program::{fake_record, tokmeter};
 use tempfile::tempdir;
-use tokmeter::analysis::{Flag, summarize, utilization, violations};
+use tokmeter::analysis::{Flag, summarize, utilization};
 use tokmeter::record::{Ceilings, Maybe, Record, Window, parse, write_atomically};
 use tokmeter::report;
 
@@ -150,29 +150,29 @@ fn an_embedding_that_is_not_the_head_is_not_read() {
 }
 
 #[test]
-fn a_cell_above_its_ceiling_is_a_violation_and_nothing_below_is() {
+fn a_cell_above_its_ceiling_is_marked_and_the_file_stands() {
     let mut record = RECORD.clone();
     let pass_bytes = 16.0 * WEIGHTS_BYTES as f64 + 46_080.0 * 2184.0;
     set_pass_seconds(&mut record, DECODE, pass_bytes / 10e9 / 1.01);
     for cell in [PREFILL, 1, 3, GENERATE] {
         set_pass_seconds(&mut record, cell, 100.0);
     }
-    assert_eq!(violations(&record), []);
+    let marked = |record: &Record| -> Vec<usize> {
+        let cells = summarize(record).cells.into_iter().enumerate();
+        let is_above = |flag: &Flag| matches!(flag, Flag::AboveCeiling { .. });
+        cells.filter(|(_, cell)| cell.flags.iter().any(is_above)).map(|(index, _)| index).collect()
+    };
+    assert_eq!(marked(&record), [0; 0]);
     set_pass_seconds(&mut record, DECODE, pass_bytes / 10e9 / 1.03);
-    let found = violations(&record);
-    assert_eq!(found.len(), 1, "{found:?}");
-    assert!(found[0].place.starts_with("cells[2] decode/b1/d128/o16"), "{found:?}");
-    assert_eq!(found[0].what, "MBU is 103.0 %, expected at most 102 %");
+    assert_eq!(marked(&record), [DECODE]);
     let summary = summarize(&record);
-    assert!(summary.cells[DECODE].flags.iter().any(|flag| matches!(flag, Flag::AboveCeiling { .. })));
     assert!(report::table(&summary).contains("above the device's own ceiling (MBU 103.0 %"));
-    // The program says so too.
+    // A disturbed ceiling is a doubt about the ceiling, not about what was measured.
     let folder = tempdir().unwrap();
     let text = serde_json::to_string(&record).unwrap();
     write_atomically(&folder.path().join("fast.json"), text.as_bytes()).unwrap();
     let done = tokmeter(folder.path(), &["validate", "fast.json"]);
-    assert_eq!(done.code, Some(3));
-    assert!(done.stderr.contains("cells[2] decode/b1/d128/o16: MBU is 103.0 %"), "{}", done.stderr);
+    assert_eq!(done.code, Some(0), "{}", done.stderr);
 }
 
 #[test]

@@ -22,5 +22,5 @@ pub use anchors::{Anchor, AnchorFile, Distance, Figure, Load, PowerScope, embedd
 pub use cost::{CellCost, parse_cost, read_cost_file};
 pub use energy::CellEnergy;
 pub use quantile::Quantiles;
-pub use roofline::{Utilization, is_impossible, utilization, violations};
+pub use roofline::{Utilization, is_impossible, utilization};
 pub use summary::{CellSummary, Flag, Summary, Throughput, TokenKind, refuse_unmeasured, summarize};

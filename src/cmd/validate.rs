@@ -4,7 +4,6 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 
-use crate::analysis;
 use crate::cmd::{BAD_FILE, print, remark, usage};
 use crate::record::{self, Record};
 
@@ -54,7 +53,7 @@ pub fn run(args: Args) -> anyhow::Result<u8> {
 
 fn validate(path: &Path) -> Result<(Record, String), Vec<String>> {
     let record = record::read(path).map_err(|error| vec![error.to_string()])?;
-    let violations = [record::violations(&record), analysis::violations(&record)].concat();
+    let violations = record::violations(&record);
     if !violations.is_empty() {
         return Err(violations
             .iter()

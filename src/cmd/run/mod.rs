@@ -323,6 +323,6 @@ fn exit_code(record: &Record) -> u8 {
         return INTERRUPTED;
     }
     let failed = record.cells.iter().any(|cell| matches!(cell.outcome, Outcome::Failed { .. }));
-    let broken = !crate::record::violations(record).is_empty() || !analysis::violations(record).is_empty();
+    let broken = !crate::record::violations(record).is_empty();
     if failed || broken { FAILED } else { 0 }
 }
