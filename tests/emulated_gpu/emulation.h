@@ -144,6 +144,8 @@ struct Copy {
     unsigned char* to;
     const unsigned char* from;
     unsigned bytes;  // of 16; the rest becomes zero
+    Site at;
+    unsigned char seen[16];  // at the source when the copy began
 };
 struct Fiber {
     Context context{};
@@ -501,12 +503,15 @@ inline void need_aligned(const void* pointer, size_t bytes, Site at, const char*
     if (reinterpret_cast<uintptr_t>(pointer) % bytes) fail(at, std::string(what) + " of a misaligned address");
 }
 
-/// The destination is poison until the group is waited for; the source is read then, too.
+/// The destination is poison until the group is waited for. The device reads the source somewhere in between: it must not
+/// change.
 inline void copy_async(void* to, const void* from, unsigned bytes, Site at) {
     need_aligned(to, 16, at, "cp.async");
     need_aligned(from, 16, at, "cp.async");
     memset(to, POISON, 16);
-    current->copies.push_back({static_cast<unsigned char*>(to), static_cast<const unsigned char*>(from), bytes});
+    Copy copy{static_cast<unsigned char*>(to), static_cast<const unsigned char*>(from), bytes, at, {}};
+    memcpy(copy.seen, from, bytes);
+    current->copies.push_back(copy);
     maybe_yield();
 }
 inline void copy_commit() {
@@ -522,7 +527,8 @@ inline void copy_wait(unsigned pending) {
     me.groups.erase(me.groups.begin(), me.groups.begin() + long(done));
     for (size_t i = 0; i < landed; i++) {
         const Copy& copy = me.copies[i];
-        if (copy.bytes) memcpy(copy.to, copy.from, copy.bytes);
+        if (memcmp(copy.from, copy.seen, copy.bytes)) fail(copy.at, "the source of this copy changed while it was on its way");
+        memcpy(copy.to, copy.seen, copy.bytes);
         memset(copy.to + copy.bytes, 0, 16 - copy.bytes);
     }
     me.copies.erase(me.copies.begin(), me.copies.begin() + long(landed));

@@ -46,6 +46,9 @@ void refusals() {
     });
     must_refuse("misaligned vector", __LINE__, "misaligned", [] { go(32, [] { DYNAMIC_SHARED(shared); load128(shared + 8); }); });
     must_refuse("misaligned copy", __LINE__, "misaligned", [] { go(32, [] { DYNAMIC_SHARED(shared); alignas(16) static char from[32]; copy_async16(shared, from + 2); }); });
+    must_refuse("a source that changes", __LINE__ + 1, "changed while it was on its way", [] {
+        go(1, [] { DYNAMIC_SHARED(shared); alignas(16) static char from[16] = {}; copy_async16(shared, from), copy_commit(), from[3]++, copy_wait<0>(); });
+    });
     must_refuse("two reductions to one value", __LINE__, "two reductions to one value", [] { static float x = 0; go(1, [] { add_to(&x, 1.0f); }); });
     must_refuse("waiting for a warp that left", __LINE__, "deadlock", [] { go(32, [] { if (threadIdx.x < 31) __syncwarp(); }); });
 #if defined(__SANITIZE_ADDRESS__)
