@@ -43,6 +43,7 @@ from dataclasses import dataclass, field
 
 import kernel_matrix
 import nvrtc
+import sass
 
 SCHEMA = "tokmeter-prediction/1"
 MODEL = "llama-3.1-8b"
@@ -161,47 +162,21 @@ class Block:
 class Code:
     """One kernel's machine code as a graph. Slow paths are left out: what is called, and what divergent warps take."""
 
-    def __init__(self, text):
-        self.blocks, self.labels = [Block()], {}
-        self.ends = []
-        for line in text.splitlines():
-            self.add(re.sub(r"/\*.*?\*/", "", line).strip())
-        self.link()
+    def __init__(self, entry, text):
+        kernel = sass.Kernel(entry, text)
+        ops = [kernel.opcode(at) for at in range(len(kernel.instructions))]
+        # A block begins where control may come from elsewhere, and behind what sends it elsewhere.
+        jumps = {at: after for at, after in enumerate(kernel.next) if after != [at + 1]}
+        begins = {0} | {at + 1 for at in jumps} | {to for after in jumps.values() for to in after}
+        starts = sorted(at for at in begins if at < len(ops))
+        number = {at: index for index, at in enumerate(starts)}
+        self.blocks = []
+        for start, end in zip(starts, [*starts[1:], len(ops)]):
+            block = Block()
+            block.ops = [op for op in ops[start:end] if op != "NOP"]
+            block.next = [number[to] for to in kernel.next[end - 1]]
+            self.blocks.append(block)
         self.loops = self.find_loops()
-
-    def add(self, line):
-        label = re.match(r"(\.L_x_\d+):", line)
-        if label:
-            self.start()
-            self.labels[label[1]] = len(self.blocks) - 1
-            return
-        match = re.match(r"(@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.\S+)?)\s*(.*);", line)
-        if not match:
-            return
-        guard, op, rest = match.groups()
-        if op.split(".")[0] in ("NOP",):
-            return
-        self.blocks[-1].ops.append(op)
-        name = op.split(".")[0]
-        if name in ("BRA", "UBRA", "JMP", "EXIT", "RET"):
-            target = re.search(r"`\((\.L_x_\d+)\)", rest)
-            always = not guard and not re.match(r"!?U?P\w+,", rest) and ".DIV" not in op and ".U" not in op
-            taken = target[1] if target and ".DIV" not in op else None
-            self.ends.append((len(self.blocks) - 1, taken, always))
-            self.start()
-
-    def start(self):
-        if self.blocks[-1].ops or (len(self.blocks) - 1) in self.labels.values():
-            self.blocks.append(Block())
-
-    def link(self):
-        ends = {at: (target, always) for at, target, always in self.ends}
-        for at, block in enumerate(self.blocks):
-            target, always = ends.get(at, (None, False))
-            if target in self.labels:
-                block.next.append(self.labels[target])
-            if not always and at + 1 < len(self.blocks):
-                block.next.append(at + 1)
 
     def reachable(self):
         seen, waiting = set(), [0]
@@ -634,18 +609,13 @@ class Compiled:
 
     def code(self, entry):
         if entry not in self.codes:
-            self.codes[entry] = Code(self.texts[entry])
+            self.codes[entry] = Code(entry, self.texts[entry])
         return self.codes[entry]
 
 
 def one_file(name, architecture, folder, library, nvdisasm):
     image, log = nvrtc.Nvrtc(library).compile(name, architecture, folder, ["--ptxas-options=-v"])
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(image)
-        file.flush()
-        text = subprocess.run([nvdisasm, "-c", file.name], capture_output=True, text=True, check=True).stdout
-    parts = re.split(r"^\s*\.section\s+\.text\.", text, flags=re.MULTILINE)[1:]
-    return {re.match(r"\w+", part)[0]: part for part in parts}, kernel_matrix.resources(log, architecture)
+    return sass.texts(nvdisasm, image), kernel_matrix.resources(log, architecture)
 
 
 @dataclass

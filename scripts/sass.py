@@ -12,7 +12,8 @@ TARGET = re.compile(r"\bBRA\b.*`\((\.L_\w+)\)")
 
 
 class Kernel:
-    """Instructions of one kernel in the order of their addresses, as text without the closing semicolon."""
+    """Instructions of one kernel in the order of their addresses, as text without the closing semicolon. What divergent
+    warps take (BRA.DIV) is left out."""
 
     def __init__(self, name, text):
         self.name, self.instructions, labels = name, [], {}
@@ -27,6 +28,8 @@ class Kernel:
         """Indices of what may run after an instruction."""
         text = self.instructions[index]
         following = [index + 1] if index + 1 < len(self.instructions) else []
+        if "BRA.DIV" in text:
+            return following
         is_conditional = text.startswith("@")
         if target := TARGET.search(text):
             # `@P0 BRA P1, …` is taken where both hold.
@@ -81,12 +84,16 @@ class Kernel:
         return best
 
 
-def kernels(nvdisasm, cubin):
-    """Every kernel of an image, by its name."""
+def texts(nvdisasm, cubin):
+    """What nvdisasm prints of every kernel of an image, by its name."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         text = subprocess.run([nvdisasm, "-c", file.name], capture_output=True, text=True, check=True).stdout
     parts = re.split(r"^\s*\.section\s+\.text\.", text, flags=re.MULTILINE)[1:]
-    found = [Kernel(re.match(r"\w+", part)[0], part) for part in parts]
-    return {kernel.name: kernel for kernel in found}
+    return {re.match(r"\w+", part)[0]: part for part in parts}
+
+
+def kernels(nvdisasm, cubin):
+    """Every kernel of an image, by its name."""
+    return {name: Kernel(name, text) for name, text in texts(nvdisasm, cubin).items()}
