@@ -6,7 +6,7 @@ registers differ from the committed table by more than a tenth (write the new ta
 kernel is not listed for the emulated device; when a streaming product and the attention before it no longer fit one
 multiprocessor; and, with nvdisasm at hand, when the machine code lacks what was meant: tensor-core instructions and
 128-bit copies in the hot kernels, 128-bit loads in those bound by bandwidth, few instructions around the copies of a
-streaming product's stage. --self-test plants each of these faults in a copy of the kernels and requires that it is found.
+streaming product's stage, additions to the residual that nobody waits for, an early trigger of the next kernel. --self-test plants each of these faults in a copy of the kernels and requires that it is found.
 Needs the packages of scripts/requirements.txt: found in this interpreter's site-packages, or --nvrtc PATH and
 --nvdisasm FILE. Needs no GPU.
 """
@@ -25,11 +25,17 @@ import sass
 TABLE = os.path.join(nvrtc.KERNELS, "resources.tsv")
 COLUMNS = ["kernel", "arch", "registers", "shared_bytes", "spill_bytes", "stack_bytes"]
 HOT = ("gemm_", "attention_")
+RESIDUAL = tuple(f"gemm_{kind}_{t}_residual" for kind in ("stream", "tiled") for t in ("bf16", "f16"))
+# Kernels of a decode step let the next one begin as soon as they may read themselves. The compiler moves index arithmetic
+# between the two: at most so many instructions from the wait to the trigger.
+EARLY = ("embed_", "rms_norm_", "silu_mul_", "rope_kv_", "attention_", "gemm_stream_", "sample_")
+MOST_BEFORE_THE_TRIGGER = 40
 # What the machine code of kernels with these beginnings must contain, and must not.
 MEANT = [
     (HOT, {"tensor-core instructions": r"HMMA\.", "128-bit copies to shared memory": r"LDGSTS\.\S*\.128"}),
     (("mma_peak_",), {"tensor-core instructions": r"HMMA\."}),
     (("embed_", "rms_norm_", "silu_mul_", "read_bandwidth", "copy_bandwidth"), {"128-bit loads": r"LDG\.\S*\.128"}),
+    (RESIDUAL, {"additions that nobody waits for": r"REDG?\."}),
 ]
 LOCAL_MEMORY = r"LDL|STL"
 # Instructions of one turn of a streaming product's loop that are neither tensor-core products nor loads of fragments.
@@ -41,9 +47,7 @@ PROBE_LOADS = 8
 # programming guide, technical specifications); registers, and what each block and warp takes of them.
 SHARED_OF_SM = {"sm_90a": 233472, "sm_100a": 233472, "sm_103a": 233472}
 REGISTERS_OF_SM, REGISTERS_STEP, SHARED_OF_SYSTEM = 65536, 256, 1024
-# Entry, threads of a block, dynamic shared memory in bytes, blocks.
-TOGETHER = [("attention_decode_{t}_128", 128, 65536, 2), ("gemm_stream_{t}_{e}_{p}", 256, None, 1)]
-
+ATTENTION_BLOCKS, ATTENTION_SHARED = 2, 65536  # blocks beside it, and dynamic shared memory of each, bytes
 
 def find_nvdisasm():
     found = nvrtc.in_packages("bin", "nvdisasm")
@@ -60,6 +64,9 @@ def machine_code_faults(kernel, arch):
                 yield f"{kernel.name} for {arch}: no {what} in its machine code"
     if kernel.name.startswith(HOT) and kernel.matching(LOCAL_MEMORY):
         yield f"{kernel.name} for {arch}: local memory in its machine code"
+    waits, triggers = kernel.matching("ACQBULK"), kernel.matching("PREEXIT")
+    if kernel.name.startswith(EARLY) and waits and not 0 < min(triggers, default=0) - waits[-1] <= MOST_BEFORE_THE_TRIGGER:
+        yield f"{kernel.name} for {arch}: the next kernel may not begin right after its wait"
     if kernel.name.startswith("gemm_stream_"):
         around = around_a_stage(kernel)
         if around > MOST_AROUND_A_STAGE:
@@ -87,24 +94,23 @@ def loads_in_flight(kernel):
 def crowded(rows):
     """Streaming products of up to 32 tokens that do not fit one multiprocessor beside the attention before them."""
     table = {(name, arch): (registers, shared) for name, arch, registers, shared, *_ in rows}
-    for arch, shared_of_sm in SHARED_OF_SM.items():
-        for t in ("bf16", "f16"):
-            for e in ("store_f32", "residual", "silu"):
-                for p in (8, 16, 32):
-                    registers = shared = 0
-                    for pattern, threads, dynamic, blocks in TOGETHER:
-                        used = table.get((pattern.format(t=t, e=e, p=p), arch))
-                        if used is None:
-                            break
-                        a_warp = -(-used[0] * 32 // REGISTERS_STEP) * REGISTERS_STEP
-                        dynamic = 4 * (16384 + 128 * p) if dynamic is None else dynamic
-                        registers += blocks * threads // 32 * a_warp
-                        shared += blocks * (used[1] + dynamic + SHARED_OF_SYSTEM)
-                    name = TOGETHER[1][0].format(t=t, e=e, p=p)
-                    if registers > REGISTERS_OF_SM:
-                        yield f"{name} for {arch}: {registers} registers with two blocks of attention, at most {REGISTERS_OF_SM}"
-                    if shared > shared_of_sm:
-                        yield f"{name} for {arch}: {shared} B of shared memory with two blocks of attention, at most {shared_of_sm}"
+
+    def taken(name, arch, threads, dynamic):
+        """Registers and bytes of shared memory of a block."""
+        registers, static = table[name, arch]
+        return threads // 32 * -(-registers * 32 // REGISTERS_STEP) * REGISTERS_STEP, static + dynamic + SHARED_OF_SYSTEM
+
+    for name, arch in table:
+        product = re.fullmatch(r"gemm_stream_(\w+?)_\w+_(8|16|32)", name)
+        attention = product and f"attention_decode_{product[1]}_128"
+        if arch not in SHARED_OF_SM or (attention, arch) not in table:
+            continue
+        own = taken(name, arch, 256, 4 * (16384 + 128 * int(product[2])))
+        beside = taken(attention, arch, 128, ATTENTION_SHARED)
+        registers, shared = (mine + ATTENTION_BLOCKS * theirs for mine, theirs in zip(own, beside))
+        if registers > REGISTERS_OF_SM or shared > SHARED_OF_SM[arch]:
+            most = f"{REGISTERS_OF_SM} and {SHARED_OF_SM[arch]}"
+            yield f"{name} for {arch}: {registers} registers and {shared} B with two blocks of attention, at most {most}"
 
 
 def resources(log, arch):
@@ -190,6 +196,16 @@ PLANTED = [
         [("gemm.cu", "        const T* from = weights + step * COLUMNS;",
           "        const T* from = weights + step * COLUMNS + (mix(mix(mix(mix(mix(u64(step)))))) & 8);")],
         [r"gemm_stream_\w+ for sm_90a: \d+ instructions around a stage's copies"],
+    ),
+    (
+        "norm",
+        [("norm.cu", "    pdl_wait();\n    pdl_launch();\n", "    pdl_wait();\n"), ("norm.cu", " + eps);\n", " + eps);\n    pdl_launch();\n")],
+        [r"rms_norm_bf16 for sm_90a: the next kernel may not begin right after its wait"],
+    ),
+    (
+        "gemm",
+        [("ptx.cuh", 'asm volatile("red.global.add.f32 [%0], %1;" ::"l"(p), "f"(x) : "memory");', "*p += x;")],
+        [r"gemm_stream_bf16_residual_8 for sm_90a: no additions that nobody waits for", r"gemm_tiled_f16_residual for sm_90a: no additions"],
     ),
     (
         "peaks",
