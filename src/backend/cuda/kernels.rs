@@ -209,11 +209,8 @@ impl<'a> Loader<'a> {
     }
 
     fn module(&mut self, source: Source) -> anyhow::Result<Arc<Module>> {
-        let (image, origin) = self.compiler.image(source)?;
-        self.origins.push((source.name, origin));
-        Ok(match self.form {
-            Form::Sass => Module::load(self.context, source.name, &image)?,
-            Form::Ptx => Module::compile(self.context, source.name, &image)?,
-        })
+        let module = Module::of(self.context, source.name, self.form, || self.compiler.image(source))?;
+        self.origins.push((source.name, module.origin()));
+        Ok(module)
     }
 }

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use anyhow::Context as _;
 use cudarc::driver::sys;
 
-use super::compile::Form;
+use super::compile::{Form, Origin};
 use super::context::{Context, Stream};
 use super::error::{CudaError, check, check_call};
 use crate::record::{KernelResources, Maybe};
@@ -29,6 +29,8 @@ type Key = (sys::CUdevice, String, Form);
 #[derive(Debug)]
 pub(super) struct Module {
     raw: sys::CUmodule,
+    /// How its image came to be.
+    origin: Origin,
 }
 
 // SAFETY: a module may be used from any thread whose context is current; the driver locks inside.
@@ -39,26 +41,17 @@ unsafe impl Send for Module {}
 unsafe impl Sync for Module {}
 
 impl Module {
-    /// The module of a CUBIN (or, on the emulated device, of source text).
-    pub(super) fn load(context: &Arc<Context>, name: &str, image: &[u8]) -> Result<Arc<Self>, CudaError> {
-        Self::once(context, name, Form::Sass, || load(name, image))
-    }
-
-    /// The module that the driver's compiler makes of intermediate code for the device.
+    /// The module of the kernel file `name`: what was loaded before, else what the driver makes of the `image`, which is
+    /// then made. What failed is tried again.
     ///
     /// # Errors
-    /// With the first line of what its compiler says.
-    pub(super) fn compile(context: &Arc<Context>, name: &str, ptx: &[u8]) -> Result<Arc<Self>, CudaError> {
-        Self::once(context, name, Form::Ptx, || compile(name, ptx))
-    }
-
-    /// What was loaded before; else what `load` gives with the context current. What failed is tried again.
-    fn once(
-        context: &Arc<Context>,
+    /// Those of `image`, or the driver's, with the first line of what its compiler says.
+    pub(super) fn of(
+        context: &Context,
         name: &str,
         form: Form,
-        load: impl FnOnce() -> Result<sys::CUmodule, CudaError>,
-    ) -> Result<Arc<Self>, CudaError> {
+        image: impl FnOnce() -> anyhow::Result<(Vec<u8>, Origin)>,
+    ) -> anyhow::Result<Arc<Self>> {
         context.bind()?;
         let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
         let loaded = loaded.get_or_insert_default();
@@ -66,9 +59,18 @@ impl Module {
         if let Some(module) = loaded.get(&key) {
             return Ok(Arc::clone(module));
         }
-        let module = Arc::new(Module { raw: load()? });
+        let (image, origin) = image()?;
+        let raw = match form {
+            Form::Sass => load(name, image)?,
+            Form::Ptx => compile(name, image)?,
+        };
+        let module = Arc::new(Module { raw, origin });
         loaded.insert(key, Arc::clone(&module));
         Ok(module)
+    }
+
+    pub(super) fn origin(&self) -> Origin {
+        self.origin
     }
 
     /// Looks up the kernel `name`.
@@ -87,12 +89,11 @@ impl Module {
 
 /// Loads a CUBIN or source text into the current context.
 #[allow(unsafe_code)]
-fn load(name: &str, image: &[u8]) -> Result<sys::CUmodule, CudaError> {
-    let mut terminated = image.to_vec();
-    terminated.push(0);
+fn load(name: &str, mut image: Vec<u8>) -> Result<sys::CUmodule, CudaError> {
+    image.push(0);
     let mut raw = std::ptr::null_mut();
     // SAFETY: a context is current; the image is terminated as text must be, and outlives the call.
-    check_call(unsafe { sys::cuModuleLoadData(&raw mut raw, terminated.as_ptr().cast()) }, || {
+    check_call(unsafe { sys::cuModuleLoadData(&raw mut raw, image.as_ptr().cast()) }, || {
         format!("cuModuleLoadData of the kernels in {name}.cu")
     })?;
     Ok(raw)
@@ -100,10 +101,9 @@ fn load(name: &str, image: &[u8]) -> Result<sys::CUmodule, CudaError> {
 
 /// Has the driver compile intermediate code, and loads what it makes into the current context.
 #[allow(unsafe_code)]
-fn compile(name: &str, ptx: &[u8]) -> Result<sys::CUmodule, CudaError> {
+fn compile(name: &str, mut ptx: Vec<u8>) -> Result<sys::CUmodule, CudaError> {
     use sys::CUjit_option::{CU_JIT_ERROR_LOG_BUFFER, CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES};
-    let mut terminated = ptx.to_vec();
-    terminated.push(0);
+    ptx.push(0);
     let mut log = vec![0u8; JIT_LOG_BYTES];
     let mut options = [CU_JIT_ERROR_LOG_BUFFER, CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES];
     // A value is a pointer or, for the size, a number in a pointer's place.
@@ -114,7 +114,7 @@ fn compile(name: &str, ptx: &[u8]) -> Result<sys::CUmodule, CudaError> {
     let result = unsafe {
         sys::cuModuleLoadDataEx(
             &raw mut raw,
-            terminated.as_ptr().cast(),
+            ptx.as_ptr().cast(),
             options.len() as u32,
             options.as_mut_ptr(),
             values.as_mut_ptr(),
