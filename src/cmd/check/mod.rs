@@ -9,6 +9,7 @@ mod report;
 use std::path::PathBuf;
 
 use clap::ValueEnum;
+use clap::builder::PossibleValue;
 
 use super::device::{self, DType, GemmChoice, JitChoice, Target, switches_help};
 use super::{FAILED, print, remark};
@@ -65,7 +66,7 @@ pub struct Args {
     format: Format,
     /// Check this operation alone, without the forward pass
     #[arg(long, value_enum, value_name = "NAME", conflicts_with = "prompts")]
-    op: Option<OpName>,
+    op: Option<Op>,
     /// Of the operation, only the cases whose text contains this
     #[arg(long, value_name = "TEXT", requires = "op")]
     case: Option<String>,
@@ -92,30 +93,14 @@ enum Format {
     Json,
 }
 
-/// The operations as reports name them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-#[value(rename_all = "snake_case")]
-enum OpName {
-    Embed,
-    AttnIn,
-    Attention,
-    AttnOut,
-    MlpIn,
-    MlpOut,
-    Logits,
-}
+/// On the command line as in reports.
+impl ValueEnum for Op {
+    fn value_variants<'a>() -> &'a [Self] {
+        &Op::ALL
+    }
 
-impl From<OpName> for Op {
-    fn from(name: OpName) -> Self {
-        match name {
-            OpName::Embed => Op::Embed,
-            OpName::AttnIn => Op::AttnIn,
-            OpName::Attention => Op::Attention,
-            OpName::AttnOut => Op::AttnOut,
-            OpName::MlpIn => Op::MlpIn,
-            OpName::MlpOut => Op::MlpOut,
-            OpName::Logits => Op::Logits,
-        }
+    fn to_possible_value(&self) -> Option<PossibleValue> {
+        Some(PossibleValue::new(self.name()))
     }
 }
 
@@ -147,14 +132,8 @@ mod tests {
 
     #[test]
     fn every_operation_can_be_named_as_reports_name_it() {
-        let names: Vec<String> = OpName::value_variants()
-            .iter()
-            .map(|name| {
-                let given = name.to_possible_value().unwrap().get_name().to_owned();
-                assert_eq!(given, Op::from(*name).name());
-                given
-            })
-            .collect();
+        let given = |op: &Op| op.to_possible_value().unwrap().get_name().to_owned();
+        let names: Vec<String> = Op::value_variants().iter().map(given).collect();
         assert_eq!(names, Op::ALL.map(Op::name));
     }
 }

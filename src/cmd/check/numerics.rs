@@ -99,7 +99,7 @@ fn check_on<B: Backend>(
 
 /// All cases, or those that `--op` and `--case` keep.
 fn chosen(args: &Args, all: Vec<Case>) -> anyhow::Result<(Vec<Case>, Option<Only>)> {
-    let Some(op) = args.op.map(OpKind::from) else { return Ok((all, None)) };
+    let Some(op) = args.op else { return Ok((all, None)) };
     let of_op: Vec<Case> = all.into_iter().filter(|case| case.op() == op).collect();
     let text = args.case.as_deref().unwrap_or_default();
     let kept: Vec<Case> = of_op.iter().filter(|case| case.text().contains(text)).cloned().collect();
