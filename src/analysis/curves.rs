@@ -109,27 +109,17 @@ pub fn roof(record: &Record) -> Maybe<Roof> {
         Maybe::Missing(missing) => return Maybe::Missing(missing.clone()),
     };
     let Some(first) = ceilings.first() else { return Maybe::missing("no_ceilings") };
-    match (first.bandwidth_bytes_per_s(), first.matmul_of(&record.engine.compute_dtype)) {
-        (Maybe::Value(bytes_per_s), Maybe::Value(flops_per_s)) => {
-            Maybe::Value(Roof { bytes_per_s, flops_per_s })
-        }
-        (Maybe::Missing(missing), _) | (_, Maybe::Missing(missing)) => Maybe::Missing(missing),
-    }
+    let both = first.bandwidth_bytes_per_s().zip(first.matmul_of(&record.engine.compute_dtype));
+    both.map(|(bytes_per_s, flops_per_s)| Roof { bytes_per_s, flops_per_s })
 }
 
 /// Bytes and flops per second of a cell of the record: its MBU and MFU times the ceilings that they are shares of.
 pub fn roofline_point(record: &Record, cell: &CellSummary) -> Maybe<RooflinePoint> {
-    let roof = match roof(record) {
-        Maybe::Value(roof) => roof,
-        Maybe::Missing(missing) => return Maybe::Missing(missing),
-    };
-    match (&cell.mbu_share, &cell.mfu_share) {
-        (Maybe::Value(mbu), Maybe::Value(mfu)) => Maybe::Value(RooflinePoint {
-            bytes_per_s: mbu * roof.bytes_per_s,
-            flops_per_s: mfu * roof.flops_per_s,
-        }),
-        (Maybe::Missing(missing), _) | (_, Maybe::Missing(missing)) => Maybe::Missing(missing.clone()),
-    }
+    let shares = cell.mbu_share.as_ref().zip(cell.mfu_share.as_ref());
+    roof(record).zip(shares).map(|(roof, (mbu, mfu))| RooflinePoint {
+        bytes_per_s: mbu * roof.bytes_per_s,
+        flops_per_s: mfu * roof.flops_per_s,
+    })
 }
 
 /// One percentile: the share of observations that are at most so long.

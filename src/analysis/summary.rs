@@ -128,8 +128,8 @@ pub struct CellSummary {
 ///
 /// # Errors
 /// With the record's own reason.
-pub fn refuse_unmeasured(record: &Record) -> Result<(), String> {
-    match &record.not_a_measurement {
+pub fn refuse_unmeasured(not_a_measurement: Option<&str>) -> Result<(), String> {
+    match not_a_measurement {
         Some(reason) => Err(format!("is not a measurement: {reason}")),
         None => Ok(()),
     }

@@ -112,7 +112,7 @@ fn command_line() -> Vec<String> {
 fn read_record(path: &Path, allow_not_a_measurement: bool) -> anyhow::Result<Given> {
     let record = read(path)?;
     if !allow_not_a_measurement {
-        analysis::refuse_unmeasured(&record)
+        analysis::refuse_unmeasured(record.not_a_measurement.as_deref())
             .map_err(|reason| bad_file(anyhow::anyhow!("{}: {reason}", path.display())))?;
     }
     let file = path.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());

@@ -144,12 +144,11 @@ fn read(path: &Path, allow_not_a_measurement: bool) -> anyhow::Result<Given> {
     let file = path.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
     let (content, not_a_measurement) = if is_calibration(path) {
         let calibration = read_calibration(path).map_err(bad_file)?;
-        let reason =
-            calibration.not_a_measurement.as_ref().map(|reason| format!("is not a measurement: {reason}"));
+        let reason = analysis::refuse_unmeasured(calibration.not_a_measurement.as_deref()).err();
         (Content::Calibration(Box::new(calibration)), reason)
     } else {
         let record = record::read(path)?;
-        let reason = analysis::refuse_unmeasured(&record).err();
+        let reason = analysis::refuse_unmeasured(record.not_a_measurement.as_deref()).err();
         (Content::Record(Box::new(record)), reason)
     };
     match not_a_measurement.filter(|_| !allow_not_a_measurement) {

@@ -17,6 +17,7 @@ mod price;
 mod progress;
 mod report;
 mod run;
+mod table;
 mod validate;
 mod version;
 

@@ -137,12 +137,15 @@ fn measured(path: &Path, allow_not_a_measurement: bool) -> anyhow::Result<Measur
         return Ok(predicted::of_record(name, &read(path, allow_not_a_measurement)?));
     }
     let peaks = predicted::parse_peaks(name, &text).map_err(|reason| of_file(path, &reason))?;
-    match &peaks.not_a_measurement {
-        Some(reason) if !allow_not_a_measurement => {
-            Err(of_file(path, &format!("is not a measurement: {reason}")))
-        }
-        _ => Ok(peaks),
+    refuse_unmeasured(path, peaks.not_a_measurement.as_deref(), allow_not_a_measurement)?;
+    Ok(peaks)
+}
+
+fn refuse_unmeasured(path: &Path, reason: Option<&str>, allow: bool) -> anyhow::Result<()> {
+    if allow {
+        return Ok(());
     }
+    analysis::refuse_unmeasured(reason).map_err(|reason| of_file(path, &reason))
 }
 
 fn read_text(path: &Path) -> anyhow::Result<String> {
@@ -168,22 +171,13 @@ fn comparison(args: &Args) -> anyhow::Result<Option<Comparison>> {
     if !head.is_ok_and(|head| head.schema.starts_with("tokmeter-comparison/")) {
         return Ok(None);
     }
-    let named = |reason: String| bad_file(anyhow::anyhow!("{}: {reason}", path.display()));
-    let text = std::fs::read_to_string(path).map_err(|error| named(format!("cannot be read: {error}")))?;
-    let comparison = compare::parse(&text).map_err(named)?;
-    match &comparison.not_a_measurement {
-        Some(reason) if !args.allow_not_a_measurement => {
-            Err(named(format!("is not a measurement: {reason}")))
-        }
-        _ => Ok(Some(comparison)),
-    }
+    let comparison = compare::parse(&read_text(path)?).map_err(|reason| of_file(path, &reason))?;
+    refuse_unmeasured(path, comparison.not_a_measurement.as_deref(), args.allow_not_a_measurement)?;
+    Ok(Some(comparison))
 }
 
 fn read(path: &Path, allow_not_a_measurement: bool) -> anyhow::Result<Record> {
     let record = record::read(path)?;
-    if !allow_not_a_measurement {
-        analysis::refuse_unmeasured(&record)
-            .map_err(|reason| bad_file(anyhow::anyhow!("{}: {reason}", path.display())))?;
-    }
+    refuse_unmeasured(path, record.not_a_measurement.as_deref(), allow_not_a_measurement)?;
     Ok(record)
 }

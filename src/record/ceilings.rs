@@ -55,10 +55,17 @@ impl Ceilings {
 impl Ceilings {
     /// The higher of the two bandwidths: what no stream of bytes can exceed.
     pub fn bandwidth_bytes_per_s(&self) -> Maybe<f64> {
-        match (&self.read_bandwidth_bytes_per_s, &self.copy_bandwidth_bytes_per_s) {
-            (Maybe::Value(read), Maybe::Value(copy)) => Maybe::Value(read.value.max(copy.value)),
-            (Maybe::Missing(missing), _) | (_, Maybe::Missing(missing)) => Maybe::Missing(missing.clone()),
-        }
+        let both = self.read_bandwidth_bytes_per_s.as_ref().zip(self.copy_bandwidth_bytes_per_s.as_ref());
+        both.map(|(read, copy)| read.value.max(copy.value))
+    }
+
+    /// `max(bytes / bandwidth, flops / matmul peak)`
+    pub fn bound(&self, bytes: u64, flops: f64, compute_dtype: &str) -> Maybe<Bound> {
+        self.bandwidth_bytes_per_s().zip(self.matmul_of(compute_dtype)).map(|(bandwidth, matmul)| {
+            let (memory_ns, matmul_ns) = (bytes as f64 / bandwidth * 1e9, flops / matmul * 1e9);
+            let by = if memory_ns >= matmul_ns { BoundBy::Memory } else { BoundBy::Matmul };
+            Bound { bound_ns: memory_ns.max(matmul_ns), by }
+        })
     }
 
     /// The product's peak in the type that a backend computes in; quantised blocks are multiplied as f32.
@@ -69,6 +76,21 @@ impl Ceilings {
             None => Maybe::missing("no_ceiling_of_this_type"),
         }
     }
+}
+
+/// Which side of the roofline work is under.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BoundBy {
+    Memory,
+    Matmul,
+}
+
+/// The least time that work can take on a device.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Bound {
+    pub bound_ns: f64,
+    pub by: BoundBy,
 }
 
 /// One ceiling, in the unit of the field that holds it. `value`, `median` and `best` differ by the machine's unrest.

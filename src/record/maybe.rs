@@ -68,6 +68,19 @@ impl<T> Maybe<T> {
         }
     }
 
+    /// What `next` makes of the value; else the reason why there is none.
+    pub fn and_then<U>(self, next: impl FnOnce(T) -> Maybe<U>) -> Maybe<U> {
+        match self {
+            Maybe::Value(value) => next(value),
+            Maybe::Missing(missing) => Maybe::Missing(missing),
+        }
+    }
+
+    /// Both values; else the first reason.
+    pub fn zip<U>(self, other: Maybe<U>) -> Maybe<(T, U)> {
+        self.and_then(|value| other.map(|other| (value, other)))
+    }
+
     pub fn as_ref(&self) -> Maybe<&T> {
         match self {
             Maybe::Value(value) => Maybe::Value(value),

@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 
 use machine::{Interference, Machine};
 
-pub use ceilings::{Ceiling, Ceilings};
+pub use ceilings::{Bound, BoundBy, Ceiling, Ceilings};
 pub use cell::{
     Cell, Check, ClockEvents, Clocks, Cooldown, DeviceEnergy, Drain, Energy, Outcome, RequestRow, Run,
     Steady, Temperature, Thermal, Warmup, WarmupEnd, Window, WindowEnd, Workload,

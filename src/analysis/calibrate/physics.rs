@@ -104,12 +104,9 @@ impl Physics {
         let kv_bytes = self.kv_bytes_per_token.clone().map(|bytes| bytes as f64);
         let token_flops = Maybe::Value(2.0 * arch::matmul_parameters(&self.config) as f64);
         let hinge = law.coefficient(Term::BatchBeyondKnot);
-        let floor = match (&self.weights_bytes, &self.bandwidth_bytes_per_s) {
-            (Maybe::Value(bytes), Maybe::Value(bandwidth)) => {
-                Maybe::Value((law.coefficient(Term::Constant) - bytes / bandwidth).max(0.0))
-            }
-            (Maybe::Missing(missing), _) | (_, Maybe::Missing(missing)) => Maybe::Missing(missing.clone()),
-        };
+        let floor = self.weights_bytes.as_ref().zip(self.bandwidth_bytes_per_s.as_ref());
+        let floor =
+            floor.map(|(bytes, bandwidth)| (law.coefficient(Term::Constant) - bytes / bandwidth).max(0.0));
         vec![
             rate(
                 "decode_weights_bandwidth",
@@ -177,10 +174,7 @@ fn rate(name: &str, work: &Maybe<f64>, seconds: f64, ceiling: &Maybe<f64>, bindi
         Maybe::Value(_) if seconds <= 0.0 => Maybe::missing("coefficient_is_zero"),
         Maybe::Value(work) => Maybe::Value(work / seconds),
     };
-    let share = match (&value, ceiling) {
-        (Maybe::Value(value), Maybe::Value(ceiling)) => Maybe::Value(value / ceiling),
-        (Maybe::Missing(missing), _) | (_, Maybe::Missing(missing)) => Maybe::Missing(missing.clone()),
-    };
+    let share = value.as_ref().zip(ceiling.as_ref()).map(|(value, ceiling)| value / ceiling);
     let unit = if name.ends_with("flops") { "flops_per_s" } else { "bytes_per_s" };
     ReadOut { name: name.to_owned(), unit: unit.to_owned(), value, share, binding }
 }

@@ -96,7 +96,7 @@ impl Sample {
     /// When the record says that it is no measurement and that was not allowed, or when it contradicts itself.
     pub fn of(mut record: Record, name: &str, allow_not_a_measurement: bool) -> Result<Self, String> {
         if !allow_not_a_measurement {
-            refuse_unmeasured(&record)?;
+            refuse_unmeasured(record.not_a_measurement.as_deref())?;
         }
         let faults = violations_without_failed_checks(&record);
         if let Some(first) = faults.first() {
@@ -351,10 +351,8 @@ impl Conditions {
 
 /// Time for which heat held the clock down, by the driver's or the hardware's decision; both may last at once.
 fn thermal_ns(events: &crate::record::ClockEvents) -> Maybe<u64> {
-    match (&events.software_thermal_ns, &events.hardware_thermal_ns) {
-        (Maybe::Value(software), Maybe::Value(hardware)) => Maybe::Value((*software).max(*hardware)),
-        (Maybe::Missing(missing), _) | (_, Maybe::Missing(missing)) => Maybe::Missing(missing.clone()),
-    }
+    let both = events.software_thermal_ns.as_ref().zip(events.hardware_thermal_ns.as_ref());
+    both.map(|(software, hardware)| *software.max(hardware))
 }
 
 /// Only static cells repeat the same requests in the same batch, so only they have a hash.

@@ -132,10 +132,7 @@ fn part(
 }
 
 fn decompose(arms: &Arms<'_>, key: &str, quantiles: &TQuantiles) -> Option<Decomposition> {
-    let less = |a: &Maybe<f64>, b: &Maybe<f64>| match (a, b) {
-        (Maybe::Value(a), Maybe::Value(b)) => Maybe::Value(a - b),
-        (Maybe::Missing(missing), _) | (_, Maybe::Missing(missing)) => Maybe::Missing(missing.clone()),
-    };
+    let less = |a: &Maybe<f64>, b: &Maybe<f64>| a.as_ref().zip(b.as_ref()).map(|(a, b)| a - b);
     let of = |pick: &dyn Fn(&CellSample) -> Maybe<f64>| part(arms, key, quantiles, pick);
     Some(Decomposition {
         cell: key.to_owned(),

@@ -287,9 +287,8 @@ impl Frame<'_> {
         let charged_idle =
             if self.energy_included || share == 1.0 { Maybe::Value(0.0) } else { idle.clone() };
         let charged_busy = if self.energy_included { 0.0 } else { per_hour(it_w) };
-        let both = |a: &Maybe<f64>, b: &Maybe<f64>, join: &dyn Fn(f64, f64) -> f64| match (a, b) {
-            (Maybe::Value(a), Maybe::Value(b)) => Maybe::Value(join(*a, *b)),
-            (Maybe::Missing(missing), _) | (_, Maybe::Missing(missing)) => Maybe::Missing(missing.clone()),
+        let both = |a: &Maybe<f64>, b: &Maybe<f64>, join: &dyn Fn(f64, f64) -> f64| {
+            a.as_ref().zip(b.as_ref()).map(|(a, b)| join(*a, *b))
         };
         let mtok_per_hour = rate * SECONDS_PER_HOUR / 1e6;
         let revenue = self.site.money.price_per_mtok.and_then(|price| price.value().to_f64());

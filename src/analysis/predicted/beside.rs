@@ -199,12 +199,10 @@ fn row(device: &PredictedDevice, measured: &Measured, time: &MeasuredTime) -> Re
     let step = step_for(device, measured, &time.step)?;
     let (predicted, share, bound_ns) = match &time.op {
         None => {
-            let bounds: Maybe<Vec<f64>> = all_of(
-                step.ops
-                    .iter()
-                    .map(|op| bound_ns(measured, op).map(|bound| bound * f64::from(op.times_in_a_step))),
-            );
-            (step.time_ns, step.bound_share, bounds.map(|bounds| bounds.iter().sum()))
+            let of_step = |op| bound_ns(measured, op).map(|bound| bound * f64::from(op.times_in_a_step));
+            let sum = |sum: Maybe<f64>, op| sum.zip(of_step(op)).map(|(sum, bound)| sum + bound);
+            let bound = step.ops.iter().fold(Maybe::Value(0.0), sum);
+            (step.time_ns, step.bound_share, bound)
         }
         Some(name) => {
             let op = step.ops.iter().find(|op| op.op == *name).ok_or("no such operation is predicted")?;
@@ -214,10 +212,7 @@ fn row(device: &PredictedDevice, measured: &Measured, time: &MeasuredTime) -> Re
             (op.time_ns, op.bound_share, bound_ns(measured, op))
         }
     };
-    let measured_share = match (time.time_ns.clone(), bound_ns) {
-        (Maybe::Value(time_ns), Maybe::Value(bound)) => Maybe::Value(bound / time_ns),
-        (Maybe::Missing(missing), _) | (_, Maybe::Missing(missing)) => Maybe::Missing(missing),
-    };
+    let measured_share = time.time_ns.clone().zip(bound_ns).map(|(time_ns, bound)| bound / time_ns);
     Ok(Row {
         predicted_share: Maybe::Value(share),
         measured_share,
@@ -225,30 +220,11 @@ fn row(device: &PredictedDevice, measured: &Measured, time: &MeasuredTime) -> Re
     })
 }
 
-/// All values, or the first reason why there is none.
-fn all_of(values: impl Iterator<Item = Maybe<f64>>) -> Maybe<Vec<f64>> {
-    let mut all = Vec::new();
-    for value in values {
-        match value {
-            Maybe::Value(value) => all.push(value),
-            Maybe::Missing(missing) => return Maybe::Missing(missing),
-        }
-    }
-    Maybe::Value(all)
-}
-
-/// `max(bytes / bandwidth, flops / matmul peak)` at the ceilings that the file measured.
+/// At the ceilings that the file measured.
 fn bound_ns(measured: &Measured, op: &PredictedOp) -> Maybe<f64> {
-    let ceilings = match &measured.ceilings {
-        Maybe::Value(ceilings) => ceilings,
-        Maybe::Missing(missing) => return Maybe::Missing(missing.clone()),
-    };
-    match (ceilings.bandwidth_bytes_per_s(), ceilings.matmul_of(&measured.compute_dtype)) {
-        (Maybe::Value(bandwidth), Maybe::Value(matmul)) => {
-            Maybe::Value((op.bytes as f64 / bandwidth).max(op.flops / matmul) * 1e9)
-        }
-        (Maybe::Missing(missing), _) | (_, Maybe::Missing(missing)) => Maybe::Missing(missing),
-    }
+    let bound = measured.ceilings.as_ref();
+    let bound = bound.and_then(|ceilings| ceilings.bound(op.bytes, op.flops, &measured.compute_dtype));
+    bound.map(|bound| bound.bound_ns)
 }
 
 fn compared(step: &str, what: &str, predicted: f64, measured: Maybe<f64>) -> Row {

@@ -1,11 +1,12 @@
 //! What a check found, as a person and as a program read it. Fits 80 columns.
 
-use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
+use comfy_table::Table;
 use serde::Serialize;
 
 use super::numerics::{LAYERS, VOCAB_SIZE};
 use crate::arch::Op as OpKind;
 use crate::backend::check::{Deviation, MOST_BY_ROUNDING, OpCheck, Verdict};
+use crate::cmd::table;
 use crate::model::check::ForwardCheck;
 use crate::weights::StoredDType;
 
@@ -260,7 +261,7 @@ impl Report {
     fn ops_table(&self) -> String {
         let titles =
             ["OPERATION", "STORED", "CASES", "WORST ERROR", "TOLERANCE", "SHARE OF TOLERANCE", "RESULT"];
-        let mut table = plain(titles, 2..6);
+        let mut table = table::plain(&titles, 2..6);
         let mut notes = vec![Some("WORST CASE".to_owned())];
         for op in &self.ops {
             let [error, tolerance, share, result] = op.worst.cells();
@@ -274,7 +275,7 @@ impl Report {
     /// Under each row what was compared.
     fn forward_table(&self) -> String {
         let titles = ["STEPS", "LOGITS", "WORST ERROR", "TOLERANCE", "SHARE OF TOLERANCE", "RESULT"];
-        let mut table = plain(titles, 0..5);
+        let mut table = table::plain(&titles, 0..5);
         let mut notes = vec![Some("CASE".to_owned())];
         for way in &self.forward {
             let [error, tolerance, share, result] = way.worst.cells();
@@ -310,25 +311,11 @@ impl Report {
     }
 }
 
-fn plain<const N: usize>(titles: [&str; N], right_aligned: std::ops::Range<usize>) -> Table {
-    let mut table = Table::new();
-    table
-        .load_style(presets::NOTHING)
-        .set_content_arrangement(ContentArrangement::Disabled)
-        .set_header(titles);
-    for column in right_aligned {
-        if let Some(column) = table.column_mut(column) {
-            column.set_cell_alignment(CellAlignment::Right);
-        }
-    }
-    table
-}
-
 /// The table's lines, each with its note under it.
 fn interleaved(table: &Table, notes: Vec<Option<String>>) -> String {
-    let lines = table.lines().zip(notes).flat_map(|(line, note)| {
+    let lines = table::lines(table).zip(notes).flat_map(|(line, note)| {
         let note = note.map(|note| format!("   {note}"));
-        [Some(line.trim_end().to_owned()), note].into_iter().flatten()
+        [Some(line), note].into_iter().flatten()
     });
     lines.collect::<Vec<_>>().join("\n")
 }

@@ -1,11 +1,11 @@
 //! Ceilings and operations as a person reads them, and what each number was measured with.
 
-use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use serde::Serialize;
 
 use super::{Ops, Peaks};
-use crate::model::op_times::{BoundBy, OpTime};
-use crate::record::{Ceiling, Ceilings, Maybe};
+use crate::cmd::table;
+use crate::model::op_times::OpTime;
+use crate::record::{BoundBy, Ceiling, Ceilings, Maybe};
 use crate::units::{format_bytes, format_ns, format_significant};
 
 /// How one ceiling was measured.
@@ -105,9 +105,9 @@ pub(super) fn text(peaks: &Peaks) -> String {
     if let Some(reason) = &peaks.not_a_measurement {
         text.push_str(&format!("NOT A MEASUREMENT: {reason}\n"));
     }
-    let mut table = plain(
+    let mut table = table::plain(
         &["CEILING", "SUSTAINED", "±", "BEST", "MEDIAN", "REPETITIONS", "EACH", "OVER", "BY"],
-        &[1, 2, 3, 4, 5, 6, 7],
+        1..8,
     );
     let mut missing = Vec::new();
     for row in rows(ceilings) {
@@ -116,7 +116,7 @@ pub(super) fn text(peaks: &Peaks) -> String {
             Maybe::Value(ceiling) => drop(table.add_row(fields(&row, ceiling))),
         }
     }
-    text.push_str(&format!("\n{}\n\n", trimmed(&table)));
+    text.push_str(&format!("\n{}\n\n", table::text(&table)));
     text.extend(missing);
     for row in rows(ceilings).into_iter().filter(|row| row.ceiling.value().is_some()) {
         text.push_str(&format!("{}: {}\n", row.name, row.method));
@@ -147,14 +147,14 @@ fn fields(row: &Row<'_>, ceiling: &Ceiling) -> Vec<String> {
 
 fn ops_text(ops: &Ops) -> String {
     let mut text = format!("\n{} · {} · {} weights, one layer\n", ops.model, ops.compute_dtype, ops.weights);
-    let mut table = plain(
+    let mut table = table::plain(
         &["STEP", "OPERATION", "TIME", "REPLAYED", "MB", "GFLOP", "BOUND", "OF BOUND", "BY", "COPIES"],
-        &[2, 3, 4, 5, 6, 7, 9],
+        [2, 3, 4, 5, 6, 7, 9],
     );
     for time in &ops.times {
         table.add_row(op_fields(time));
     }
-    text.push_str(&format!("\n{}\n", trimmed(&table)));
+    text.push_str(&format!("\n{}\n", table::text(&table)));
     if ops.times.iter().any(|time| time.in_cache) {
         text.push_str(
             "\n* all copies together are below 8 × the last-level cache, which may hold them: more than 100 % of the \
@@ -184,22 +184,4 @@ fn op_fields(time: &OpTime) -> Vec<String> {
         }),
         format!("{}{}", time.copies, if time.in_cache { " *" } else { "" }),
     ]
-}
-
-fn plain(titles: &[&str], right_aligned: &[usize]) -> Table {
-    let mut table = Table::new();
-    table
-        .load_style(presets::NOTHING)
-        .set_content_arrangement(ContentArrangement::Disabled)
-        .set_header(titles.to_vec());
-    for &column in right_aligned {
-        if let Some(column) = table.column_mut(column) {
-            column.set_cell_alignment(CellAlignment::Right);
-        }
-    }
-    table
-}
-
-fn trimmed(table: &Table) -> String {
-    table.lines().map(|line| line.trim_end().to_owned()).collect::<Vec<_>>().join("\n")
 }

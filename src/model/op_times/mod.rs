@@ -3,20 +3,18 @@
 //! model would stream. Made-up copies differ and are made on the device where it can, since they are many gigabytes
 //! together. Knows no command line.
 
-use std::borrow::Cow;
+mod weights;
 
 use anyhow::Context as _;
 use serde::Serialize;
 
 use super::shape_of;
-use crate::arch::{Config, Op, StepTokens, layer_prefix};
+use crate::arch::{Op, StepTokens};
 use crate::backend::peaks::{Kind, Protocol, TIMES_CACHE, Work};
-use crate::backend::{
-    AttnIn, Backend, Batch, BufferUse, Head, MlpIn, PAGE_SIZE, Sampling, Shape, StepKey, TokenInput,
-    WeightUse,
-};
-use crate::record::{Ceiling, Ceilings, Maybe};
-use crate::weights::{HostTensor, Weights};
+use crate::backend::{Backend, Batch, BufferUse, PAGE_SIZE, Sampling, Shape, StepKey, TokenInput};
+use crate::record::{Bound, Ceiling, Ceilings, Maybe};
+use crate::weights::Weights;
+use weights::{OpWeights, Source};
 
 /// Shortest repetition, ns.
 const LEAST_NS: u64 = 20_000_000;
@@ -88,21 +86,6 @@ impl StepShape {
     }
 }
 
-/// Which side of the roofline an operation is under.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum BoundBy {
-    Memory,
-    Matmul,
-}
-
-/// The least time that an operation can take on this device.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct Bound {
-    pub bound_ns: f64,
-    pub by: BoundBy,
-}
-
 /// One operation of one layer at one shape.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct OpTime {
@@ -147,17 +130,6 @@ struct Rig<B: Backend> {
     activated: B::Buf,
     logits: B::Buf,
     kv: B::Kv,
-}
-
-/// The weights of one operation, once.
-enum OpWeights<W> {
-    Embed(W),
-    AttnIn(AttnIn<W>),
-    Attention,
-    AttnOut(W),
-    MlpIn(MlpIn<W>),
-    MlpOut(W),
-    Logits(Head<W>),
 }
 
 impl<B: Backend> OpTimer<'_, B> {
@@ -211,7 +183,7 @@ impl<B: Backend> OpTimer<'_, B> {
             + work.activation_values * value_bytes(info.compute_dtype)
             + work.kv_values * value_bytes(info.kv_dtype)
             + work.id_bytes;
-        let bound = self.bound(bytes, work.flops, info.compute_dtype);
+        let bound = self.ceilings.bound(bytes, work.flops, info.compute_dtype);
         Ok(OpTime {
             step: shape.to_string(),
             op: op.name(),
@@ -229,17 +201,6 @@ impl<B: Backend> OpTimer<'_, B> {
                 .value()
                 .is_some_and(|cache| rotated_bytes < cache.saturating_mul(TIMES_CACHE)),
         })
-    }
-
-    /// `max(bytes / bandwidth, flops / matmul peak)`
-    fn bound(&self, bytes: u64, flops: f64, dtype: &str) -> Maybe<Bound> {
-        let (read, matmul) = match (self.ceilings.bandwidth_bytes_per_s(), self.ceilings.matmul_of(dtype)) {
-            (Maybe::Value(read), Maybe::Value(matmul)) => (read, matmul),
-            (Maybe::Missing(missing), _) | (_, Maybe::Missing(missing)) => return Maybe::Missing(missing),
-        };
-        let (memory_ns, matmul_ns) = (bytes as f64 / read * 1e9, flops / matmul * 1e9);
-        let by = if memory_ns >= matmul_ns { BoundBy::Memory } else { BoundBy::Matmul };
-        Maybe::Value(Bound { bound_ns: memory_ns.max(matmul_ns), by })
     }
 
     /// So many copies of `bytes` that a cache does not matter, within the memory.
@@ -351,10 +312,7 @@ impl<B: Backend> OpTimer<'_, B> {
 }
 
 fn share(bound: &Maybe<Bound>, time_ns: &Maybe<Ceiling>) -> Maybe<f64> {
-    match (bound, time_ns) {
-        (Maybe::Value(bound), Maybe::Value(time_ns)) => Maybe::Value(bound.bound_ns / time_ns.value),
-        (Maybe::Missing(missing), _) | (_, Maybe::Missing(missing)) => Maybe::Missing(missing.clone()),
-    }
+    bound.as_ref().zip(time_ns.as_ref()).map(|(bound, time_ns)| bound.bound_ns / time_ns.value)
 }
 
 fn key_of(batch: &Batch, captured: bool) -> StepKey {
@@ -407,127 +365,6 @@ impl<B: Backend> Rig<B> {
             OpWeights::MlpIn(weights) => backend.mlp_in(batch, weights, x, activated),
             OpWeights::MlpOut(down_proj) => backend.mlp_out(batch, down_proj, activated, x),
             OpWeights::Logits(head) => backend.logits(batch, head, x, logits),
-        }
-    }
-}
-
-/// The weights of one operation, which can be put on a device many times: those of the first layer.
-struct Source<'a> {
-    weights: &'a dyn Weights,
-    op: Op,
-    /// As [`OpWeights`] has them: the norm first, then the matrix, then what only some architectures have.
-    parts: Vec<Part<'a>>,
-}
-
-/// Tensors that are stacked into one weight.
-struct Part<'a> {
-    usage: WeightUse,
-    names: Vec<Cow<'static, str>>,
-    /// On the host, once the device could not make them.
-    tensors: Vec<HostTensor<'a>>,
-}
-
-impl<'a> Part<'a> {
-    fn put<B: Backend>(
-        &mut self,
-        weights: &'a dyn Weights,
-        backend: &mut B,
-        copy: u64,
-    ) -> anyhow::Result<B::Weight> {
-        let recipe = |name| weights.recipe(name).map(|recipe| recipe.for_copy(copy));
-        if let Some(recipes) = self.names.iter().map(|name| recipe(name)).collect::<Option<Vec<_>>>()
-            && let Some(made) = backend.generate(self.usage, &recipes)?
-        {
-            return Ok(made);
-        }
-        if self.tensors.is_empty() {
-            let tensors = self.names.iter().map(|name| weights.tensor(name));
-            self.tensors = tensors.collect::<anyhow::Result<_>>()?;
-        }
-        backend.upload(self.usage, &self.tensors)
-    }
-}
-
-impl<'a> Source<'a> {
-    fn of(weights: &'a dyn Weights, op: Op) -> Self {
-        let part = |(usage, names)| Part { usage, names, tensors: Vec::new() };
-        Source { weights, op, parts: names(weights.config(), op).into_iter().map(part).collect() }
-    }
-
-    /// Puts one more copy on the device. Each of made-up values has its own.
-    fn put<B: Backend>(&mut self, backend: &mut B, copy: u64) -> anyhow::Result<OpWeights<B::Weight>> {
-        let weights = self.weights;
-        let put: Vec<B::Weight> = self
-            .parts
-            .iter_mut()
-            .map(|part| part.put(weights, backend, copy))
-            .collect::<anyhow::Result<_>>()?;
-        let mut rest = put.into_iter();
-        let mut next = || rest.next().with_context(|| format!("{} has too few weights", self.op.name()));
-        Ok(match self.op {
-            Op::Attention => OpWeights::Attention,
-            Op::Embed => OpWeights::Embed(next()?),
-            Op::AttnOut => OpWeights::AttnOut(next()?),
-            Op::MlpOut => OpWeights::MlpOut(next()?),
-            Op::MlpIn => OpWeights::MlpIn(MlpIn { norm: next()?, gate_up: next()? }),
-            Op::Logits => OpWeights::Logits(Head { norm: next()?, lm_head: next()? }),
-            Op::AttnIn => {
-                let (norm, qkv) = (next()?, next()?);
-                let more: Vec<B::Weight> = rest.collect();
-                match more.as_slice() {
-                    [q_norm, k_norm] => {
-                        let qk_norm = Some((q_norm.clone(), k_norm.clone()));
-                        OpWeights::AttnIn(AttnIn { norm, qkv, bias: None, qk_norm })
-                    }
-                    more => {
-                        let bias = more.first().cloned();
-                        OpWeights::AttnIn(AttnIn { norm, qkv, bias, qk_norm: None })
-                    }
-                }
-            }
-        })
-    }
-}
-
-type Names = Vec<(WeightUse, Vec<Cow<'static, str>>)>;
-
-fn names(config: &Config, op: Op) -> Names {
-    let layer = |suffix: &str| Cow::Owned(format!("{}.{suffix}", layer_prefix(0)));
-    let one = |usage, name| vec![(usage, vec![name])];
-    let embedding = || Cow::Borrowed("model.embed_tokens.weight");
-    let qkv =
-        |kind: &str| ["q", "k", "v"].map(|part| layer(&format!("self_attn.{part}_proj.{kind}"))).to_vec();
-    match op {
-        Op::Attention => Vec::new(),
-        Op::Embed => one(WeightUse::Embedding, embedding()),
-        Op::AttnOut => one(WeightUse::Linear, layer("self_attn.o_proj.weight")),
-        Op::MlpOut => one(WeightUse::Linear, layer("mlp.down_proj.weight")),
-        Op::MlpIn => vec![
-            (WeightUse::Vector, vec![layer("post_attention_layernorm.weight")]),
-            (WeightUse::GateUp, vec![layer("mlp.gate_proj.weight"), layer("mlp.up_proj.weight")]),
-        ],
-        Op::Logits if config.tie_word_embeddings => vec![
-            (WeightUse::Vector, vec![Cow::Borrowed("model.norm.weight")]),
-            (WeightUse::Embedding, vec![embedding()]),
-        ],
-        Op::Logits => vec![
-            (WeightUse::Vector, vec![Cow::Borrowed("model.norm.weight")]),
-            (WeightUse::Linear, vec![Cow::Borrowed("lm_head.weight")]),
-        ],
-        Op::AttnIn => {
-            let mut names = vec![
-                (WeightUse::Vector, vec![layer("input_layernorm.weight")]),
-                (WeightUse::Qkv, qkv("weight")),
-            ];
-            if config.architecture.has_qkv_bias() {
-                names.push((WeightUse::Vector, qkv("bias")));
-            }
-            if config.architecture.has_qk_norm() {
-                for part in ["q", "k"] {
-                    names.push((WeightUse::Vector, vec![layer(&format!("self_attn.{part}_norm.weight"))]));
-                }
-            }
-            names
         }
     }
 }
